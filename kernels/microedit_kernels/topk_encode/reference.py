@@ -1,0 +1,61 @@
+"""Top-k encode in plain torch (Eq. 7): h = TopK(ReLU(z·W_enc + b_enc))."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pre_acts(z: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Pre-activations z·W_enc + b_enc, accumulated in fp32.
+
+    Args:
+        z: residual stream, [..., d], any float dtype.
+        W_enc: encoder, one row per latent as sparsify stores it, [n, d].
+        b_enc: encoder bias, [n].
+        b_dec: subtracted from z first where the SAE was trained so (sparsify, SAE Lens), [d].
+
+    Returns:
+        [..., n], fp32.
+    """
+    z = z.float()
+    if b_dec is not None:
+        z = z - b_dec.float()
+    return F.linear(z, W_enc.float(), b_enc.float())
+
+
+def select_topk(acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, ties to the lower index, NaN ranked highest as torch does.
+
+    Differentiable in `acts`. The result is that of a stable descending sort: values in
+    descending order, equal values in ascending order of index.
+
+    Args:
+        acts: [..., n], k ≤ n.
+
+    Returns:
+        top_acts [..., k] in the dtype of `acts`, top_indices [..., k] int64.
+    """
+    with torch.no_grad():
+        rows = acts.detach().reshape(-1, acts.shape[-1])
+        values, indices = rows.topk(k, dim=-1)
+        # torch.topk promises nothing on ties: rows where the k-th value also occurs outside the
+        # chosen set (or is NaN) are sorted in full.
+        ambiguous = (rows >= values[:, -1:]).sum(-1) != k
+        if bool(ambiguous.any()):
+            order = rows[ambiguous].sort(dim=-1, descending=True, stable=True).indices
+            indices[ambiguous] = order[:, :k]
+        indices = indices.sort(dim=-1).values
+        order = rows.gather(-1, indices).sort(dim=-1, descending=True, stable=True).indices
+        indices = indices.gather(-1, order).view(*acts.shape[:-1], k)
+    return acts.gather(-1, indices), indices
+
+
+def topk_encode(
+    z: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7 with ReLU before the selection (sparsify's order).
+
+    Returns:
+        top_acts [..., k] fp32 and ≥ 0, top_indices [..., k] int64 (see `select_topk`).
+    """
+    return select_topk(F.relu(pre_acts(z, W_enc, b_enc, b_dec)), k)
