@@ -1,0 +1,193 @@
+"""A frozen Hugging Face causal LM that can be cut behind one decoder layer."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microedit_vllm.errors import MicroEditError
+
+
+class _Reached(Exception):
+    """Raised by the hook behind the cut, so that the layers above never run."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Model and tokenizer, with the residual stream z after decoder layer `layer` as the cut.
+
+    `lower` runs the layers up to the cut, `upper` those above it. Both drive the model's own
+    forward, so that masks, positions and scalings are the architecture's.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    folder: Path
+    decoder_layers: nn.ModuleList
+
+    @classmethod
+    def load(cls, name: str, dtype: str = "auto", device: str | None = None) -> "LanguageModel":
+        """Load a folder or a hub id.
+
+        Args:
+            dtype: "auto" takes the checkpoint's own, which is what vLLM serves.
+
+        Raises:
+            MicroEditError: no such model, or not a causal language model.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        folder = resolve_folder(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise MicroEditError(
+                f"cannot load a causal language model from {name}: "
+                f"{reason[0] if reason else type(error).__name__}"
+            ) from error
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.to(device).eval()
+        model.requires_grad_(False)
+        return cls(model, tokenizer, name, folder, find_decoder_layers(model))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def max_length(self) -> int:
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder_layers.parameters()).dtype
+
+    def check_layer(self, layer: int) -> None:
+        """Refuse a layer that the model does not have.
+
+        Raises:
+            MicroEditError: out of range.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise MicroEditError(
+                f"layer {layer} does not exist: {self.name} has layers 0 to {self.num_layers - 1}"
+            )
+
+    @torch.no_grad()
+    def lower(self, input_ids: Tensor, layer: int) -> Tensor:
+        """z after decoder layer `layer`: [B, S] int64, right-padded → [B, S, d], model dtype.
+
+        Causal attention keeps right padding away from real tokens, so no mask is needed.
+        """
+        caught: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        hook = self.decoder_layers[layer].register_forward_hook(stop)
+        try:
+            self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return caught[0]
+
+    def upper(self, z: Tensor, layer: int) -> Tensor:
+        """Final hidden states from z: [B, S, d] → [B, S, d]; differentiable in z."""
+        placeholder = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
+        with self._injected(z, layer):
+            return self.model.base_model(input_ids=placeholder, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output logits: [N, d] final hidden states → [N, vocabulary], fp32."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @contextmanager
+    def _injected(self, z: Tensor, layer: int) -> Iterator[None]:
+        """Layers up to the cut pass z on instead of computing it."""
+
+        def passes(_hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return z
+
+        replaced = self.decoder_layers[: layer + 1]
+        for module in replaced:
+            module.forward = passes  # an instance attribute shadows the method
+        try:
+            yield
+        finally:
+            for module in replaced:
+                del module.forward
+
+
+def resolve_folder(name: str) -> Path:
+    """The folder of a model: itself, or the hub id's snapshot in the local cache or from the hub.
+
+    Raises:
+        MicroEditError: neither a folder nor a hub id that can be had.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", os.sep)) or name.count("/") > 1:
+        raise MicroEditError(f"{name} is not a model folder; name a folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        raise MicroEditError(
+            f"{name} is neither a folder nor a model that the hub gives "
+            f"({type(error).__name__}); check the name or the network"
+        ) from error
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers, whatever the architecture calls it.
+
+    Raises:
+        MicroEditError: no list of the configured length.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise MicroEditError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], pad: int = 0) -> Tensor:
+    """Right-padded [B, S] int64."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in sequences])
+
+
+def length_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, so that little is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+Progress = Callable[[int], None]
