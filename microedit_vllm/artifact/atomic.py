@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from microedit_vllm.errors import MicroEditError
 
 
@@ -31,6 +33,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _swap(draft, target)
     except OSError as error:
         raise MicroEditError(f"cannot write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        # How safetensors reports a full disk.
+        raise MicroEditError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -184,7 +184,7 @@ def _read_facts(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         facts = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MicroEditError(f"{path} cannot be read ({error}); make the set again") from error
     if not all(isinstance(fact, dict) for fact in facts):
         raise MicroEditError(f"{path} holds something else than JSON objects; make the set again")

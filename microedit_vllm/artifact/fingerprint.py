@@ -42,13 +42,17 @@ def _tensor_samples(path: Path) -> dict[str, bytes]:
             if length > _MAX_HEADER:
                 raise ValueError("header too long")
             header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("header is not a JSON object")
             header.pop("__metadata__", None)
             samples = {}
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end:
+                    raise ValueError(f"offsets of {name!r} run backwards")
                 file.seek(8 + length + begin)
                 sample = file.read(min(end - begin, _BYTES_PER_TENSOR))
                 samples[name] = f"{entry['dtype']}{entry['shape']}".encode() + sample
             return samples
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise MicroEditError(f"{path} is damaged ({error}); fetch the model again") from error

@@ -43,9 +43,15 @@ def expect(
         wanted = "×".join("any" if size is None else str(size) for size in shape)
         found = "×".join(map(str, tensor.shape))
         raise MicroEditError(f"{path}: tensor {name!r} is {found}, expected {wanted}")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not _is_finite(tensor):
         raise MicroEditError(f"{path}: tensor {name!r} holds NaN or infinite values")
     return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # torch has no isfinite for some 8-bit floats.
+    widened = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(widened).all())
 
 
 def expect_indices(tensors: dict[str, Tensor], name: str, below: int, path: Path) -> Tensor:
