@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from microedit_kernels.edit_change import edit_change
 from microedit_kernels.sparse_decode import decode, decode_change, row_map, token_distances
 from microedit_kernels.switch import absolute_ard, decide, smallest_run
-from torch import Tensor
-
 from microedit_vllm.artifact.edit_set import DecoderChange, EditSet, Golden
 from microedit_vllm.artifact.sae import SparseAutoencoder
 from microedit_vllm.errors import MicroEditError

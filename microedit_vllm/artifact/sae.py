@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from microedit_kernels.sparse_decode import decode
-from microedit_kernels.topk_encode import topk_encode
 from safetensors.torch import save_file
 from torch import Tensor
 
+from microedit_kernels.sparse_decode import decode
+from microedit_kernels.topk_encode import topk_encode
 from microedit_vllm.artifact.atomic import atomic_folder
 from microedit_vllm.artifact.tensors import expect, hash_file, read_tensors
 from microedit_vllm.errors import MicroEditError

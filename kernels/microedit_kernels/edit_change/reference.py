@@ -5,8 +5,9 @@ Only the pre-activations of the edit set's own rows C are needed: two small prod
 """
 
 import torch
-from microedit_kernels.topk_encode import pre_acts
 from torch import Tensor
+
+from microedit_kernels.topk_encode import pre_acts
 
 
 def threshold_acts(pre: Tensor, theta: float) -> Tensor:
