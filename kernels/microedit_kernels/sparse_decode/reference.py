@@ -1,8 +1,8 @@
 """Sparse decode in plain torch: ẑ = ẑ₀ + δ and the two squared distances to z per token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 def decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor) 
         [..., d], fp32.
     """
     k = top_indices.shape[-1]
-    rows = F.embedding_bag(
+    rows = embedding_bag(
         top_indices.reshape(-1, k),
         W_dec.float(),
         per_sample_weights=top_acts.float().reshape(-1, k),

@@ -1,8 +1,8 @@
 """Top-k encode in plain torch (Eq. 7): h = TopK(ReLU(z·W_enc + b_enc))."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear, relu
 
 
 def pre_acts(z: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -20,7 +20,7 @@ def pre_acts(z: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = Non
     z = z.float()
     if b_dec is not None:
         z = z - b_dec.float()
-    return F.linear(z, W_enc.float(), b_enc.float())
+    return linear(z, W_enc.float(), b_enc.float())
 
 
 def select_topk(acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -58,4 +58,4 @@ def topk_encode(
     Returns:
         top_acts [..., k] fp32 and ≥ 0, top_indices [..., k] int64 (see `select_topk`).
     """
-    return select_topk(F.relu(pre_acts(z, W_enc, b_enc, b_dec)), k)
+    return select_topk(relu(pre_acts(z, W_enc, b_enc, b_dec)), k)
