@@ -22,7 +22,7 @@ def decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor) 
         per_sample_weights=top_acts.float().reshape(-1, k),
         mode="sum",
     )
-    return rows.view(*top_indices.shape[:-1], -1) + b_dec.float()
+    return rows.view(*top_indices.shape[:-1], W_dec.shape[-1]) + b_dec.float()
 
 
 def row_map(changed_indices: Tensor, num_latents: int) -> Tensor:

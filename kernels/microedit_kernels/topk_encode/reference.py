@@ -39,8 +39,9 @@ def select_topk(acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rows = acts.detach().reshape(-1, acts.shape[-1])
         values, indices = rows.topk(k, dim=-1)
         # torch.topk promises nothing on ties: rows where the k-th value also occurs outside the
-        # chosen set (or is NaN) are sorted in full.
-        ambiguous = (rows >= values[:, -1:]).sum(-1) != k
+        # chosen set (or is NaN) are sorted in full. Counted from below, since a NaN is below
+        # nothing.
+        ambiguous = (rows < values[:, -1:]).sum(-1) != rows.shape[-1] - k
         if bool(ambiguous.any()):
             order = rows[ambiguous].sort(dim=-1, descending=True, stable=True).indices
             indices[ambiguous] = order[:, :k]
