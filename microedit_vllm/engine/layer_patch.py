@@ -1,0 +1,91 @@
+"""The hook behind decoder layer l: one custom op that survives torch.compile.
+
+The op mutates the layer's output in place and finds what to do in vLLM's forward context, so that
+nothing of a step is baked into a compiled graph, and runs without a plan (profiling, warm-up,
+another engine in the same process) pass through it untouched.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from microedit_vllm.engine.edit_state import EditState
+from microedit_vllm.engine.step_plan import StepPlan
+from microedit_vllm.errors import MicroEditError
+
+CONTEXT_KEY = "microedit"
+_TOWERS = ("vision", "visual", "audio", "encoder", "draft", "mtp")
+
+
+@torch.library.custom_op("microedit::substitute", mutates_args=("hidden_states", "residual"))
+def substitute(hidden_states: Tensor, residual: Tensor | None) -> None:
+    """Apply the current step's plan to a layer's output, [M, d] each, in place."""
+    step = _current_step()
+    if step is not None:
+        state, plan = step
+        state.apply(plan, hidden_states, residual)
+
+
+@substitute.register_fake
+def _substitute_fake(hidden_states: Tensor, residual: Tensor | None) -> None:
+    return None
+
+
+def _current_step() -> tuple[EditState, StepPlan] | None:
+    if not is_forward_context_available():
+        return None
+    return get_forward_context().additional_kwargs.get(CONTEXT_KEY)
+
+
+def set_current_step(state: EditState, plan: StepPlan) -> None:
+    """Leave a step's plan for the op, in the forward context that is open."""
+    get_forward_context().additional_kwargs[CONTEXT_KEY] = (state, plan)
+
+
+def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The list of decoder layers of a text model, also inside a multimodal one.
+
+    Raises:
+        MicroEditError: none of this length was found, or several.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and not any(tower in name.lower() for tower in _TOWERS)
+    }
+    if len(found) != 1:
+        raise MicroEditError(
+            f"cannot tell the {num_layers} decoder layers of {type(model).__name__} apart "
+            f"(candidates: {', '.join(found) or 'none'}); this architecture is not supported"
+        )
+    return next(iter(found.values()))
+
+
+def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
+    """Put the op behind decoder layer `layer` (0-based); False where another rank holds it.
+
+    Works with layers that return (hidden_states, residual), as vLLM's fused models do, and with
+    layers that return one tensor (`vllm/model_executor/models`).
+
+    Raises:
+        MicroEditError: see `decoder_layers`.
+    """
+    module = decoder_layers(model, num_layers)[layer]
+    if type(module).__name__ == "PPMissingLayer":
+        return False
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if isinstance(output, tuple):
+            substitute(output[0], output[1])
+        else:
+            substitute(output, None)
+        return output
+
+    module.forward = forward
+    return True
