@@ -182,7 +182,8 @@ def _read_golden(path: Path, manifest: Manifest) -> Golden:
 
 def _read_facts(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a fact may hold U+2028 and the like.
+        lines = path.read_text(encoding="utf-8").split("\n")
         facts = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise MicroEditError(f"{path} cannot be read ({error}); make the set again") from error

@@ -17,6 +17,7 @@ from microedit_vllm.errors import MicroEditError
 
 HOST = "127.0.0.1"
 LAST_LINES = 25
+ENGINE_PATIENCE = 10.0
 # Without a size the CPU engine asks for nearly all memory and starts beside nothing else.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -95,13 +96,17 @@ class VllmServer:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(patience)
-            except subprocess.TimeoutExpired:
-                _signal_group(process.pid, signal.SIGTERM)
-        # The group outlives its leader when an engine process hangs.
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            _signal_group(process.pid, signal.SIGTERM)
+        # Engine processes outlive their parent for a moment, to free their shared memory, and for
+        # good when one hangs.
+        deadline = time.monotonic() + ENGINE_PATIENCE
+        while _signal_group(process.pid, 0) and time.monotonic() < deadline:
+            process.poll()
+            time.sleep(0.05)
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -169,8 +174,10 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def _signal_group(group: int, number: int) -> bool:
+    """Whether the process group was still there; 0 only asks."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
-        return
+        return False
+    return True

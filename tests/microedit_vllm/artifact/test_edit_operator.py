@@ -1,0 +1,115 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import tiny_edit_set, tiny_sae
+
+from microedit_vllm.artifact import Decision, EditOperator, Scope
+from microedit_vllm.errors import MicroEditError
+
+
+def dense_codes(sae, z):
+    pre = ((z - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+    kept = pre.topk(sae.k, dim=-1).indices
+    return torch.zeros_like(pre).scatter(-1, kept, pre.gather(-1, kept))
+
+
+def dense_change(sae, change):
+    full = torch.zeros_like(sae.W_dec)
+    full[change.indices] = change.values.float()
+    return full
+
+
+@pytest.fixture
+def sae():
+    return tiny_sae()
+
+
+@pytest.fixture
+def z(sae):
+    return torch.randn(7, sae.d_in, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_distances_against_dense_algebra(sae, z, shared):
+    edit_set = tiny_edit_set(sae, shared=shared)
+    dist, dist0 = EditOperator.build(edit_set, sae).distances(z)
+    codes = dense_codes(sae, z)
+    z_hat0 = codes @ sae.W_dec + sae.b_dec
+    z_hat = z_hat0 + codes @ dense_change(sae, edit_set.scoring)
+    torch.testing.assert_close(dist, (z_hat - z).square().sum(-1))
+    torch.testing.assert_close(dist0, (z_hat0 - z).square().sum(-1))
+
+
+def test_edited_by_threshold_against_dense_algebra(sae, z):
+    edit_set = tiny_edit_set(sae)
+    pre = (z - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    codes = torch.where(pre > edit_set.manifest.theta, pre, 0.0)
+    expected = z + codes @ dense_change(sae, edit_set.edit)
+    torch.testing.assert_close(EditOperator.build(edit_set, sae).edited(z), expected)
+
+
+@pytest.mark.parametrize("placement", ["replace", "delta"])
+def test_edited_by_topk_against_dense_algebra(sae, z, placement):
+    edit_set = tiny_edit_set(sae, shared=True, placement=placement)
+    codes = dense_codes(sae, z)
+    delta = codes @ dense_change(sae, edit_set.edit)
+    base = z if placement == "delta" else codes @ sae.W_dec + sae.b_dec
+    torch.testing.assert_close(EditOperator.build(edit_set, sae).edited(z), base + delta)
+
+
+def operator(sae, **fields):
+    decision = Decision(max_norm=1e4, **fields)
+    return EditOperator.build(tiny_edit_set(sae, decision=decision), sae)
+
+
+def test_the_statistic_follows_the_decision(sae):
+    dist, dist0 = torch.tensor([6.0, 1.0, 1.0, 6.0]), torch.tensor([2.0, 2.0, 4.0, 4.0])
+
+    def ard(**fields):
+        return float(operator(sae, tau=0.9, **fields).ard(dist, dist0))
+
+    whole, run = Scope(last=None, run=0), Scope(run=2)
+    assert ard(statistic="relative", scope=whole) == pytest.approx(14 / 12)
+    assert ard(statistic="relative", scope=run) == pytest.approx(2 / 6)
+    assert ard(statistic="absolute", alpha=10, scope=whole) == pytest.approx(14 / 40)
+    assert ard(statistic="absolute", alpha=10, scope=run) == pytest.approx(2 / 20)
+
+
+def test_too_few_scored_tokens_leave_the_switch_off(sae):
+    found = operator(sae, statistic="relative", tau=0.9, scope=Scope(), min_tokens=3)
+    few, enough = torch.full((2,), 1e-3), torch.full((3,), 1e-3)
+    assert not bool(found.is_on(found.ard(few, torch.ones(2))))
+    assert bool(found.is_on(found.ard(enough, torch.ones(3))))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_golden_activations_reproduce(tmp_path, sae, shared):
+    saved = sae.save(tmp_path / "sae")
+    EditOperator.build(tiny_edit_set(saved, shared=shared), saved).check_golden()
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_an_sae_read_in_another_way_is_refused(sae, name):
+    edit_set = tiny_edit_set(sae)
+    changed = replace(sae, **{name: getattr(sae, name) * 1.5 + 0.05})
+    with pytest.raises(MicroEditError, match="do not reproduce"):
+        EditOperator.build(edit_set, changed).check_golden()
+
+
+@pytest.mark.parametrize("change", ["scoring", "edit"])
+def test_a_changed_set_is_refused(sae, change):
+    edit_set = tiny_edit_set(sae)
+    old = getattr(edit_set, change)
+    broken = replace(edit_set, **{change: replace(old, values=-old.values)})
+    with pytest.raises(MicroEditError, match="do not reproduce"):
+        EditOperator.build(broken, sae).check_golden()
+
+
+@pytest.mark.parametrize("name", ["z", "top_indices", "z_hat", "dist", "dist0", "edited"])
+def test_every_golden_tensor_is_compared(sae, name):
+    edit_set = tiny_edit_set(sae)
+    stored = getattr(edit_set.golden, name)
+    golden = replace(edit_set.golden, **{name: stored.flip(0) * 2 + 1})
+    with pytest.raises(MicroEditError, match="do not reproduce"):
+        EditOperator.build(replace(edit_set, golden=golden), sae).check_golden()
