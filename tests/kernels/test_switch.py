@@ -121,9 +121,18 @@ def test_no_row_changes_nothing(stream):
         assert now is None or torch.equal(now.view(torch.int32), then.view(torch.int32))
 
 
-def test_delta_in_bf16_rounds_once_behind_the_sum():
-    hidden_states = torch.tensor([[1.0]]).bfloat16()
-    residual = torch.tensor([[256.0]]).bfloat16()  # 257 rounds to 256 in bf16
-    apply_delta(hidden_states, residual, torch.tensor([0]), torch.tensor([[2.0]]))
+def test_delta_in_bf16_is_added_in_fp32():
+    """256 + 1.003 lies above the midpoint of 256 and 258; with δ rounded to 1.0 it would not."""
+    hidden_states = torch.tensor([[0.0]]).bfloat16()
+    residual = torch.tensor([[256.0]]).bfloat16()
+    apply_delta(hidden_states, residual, torch.tensor([0]), torch.tensor([[1.003]]))
     assert (hidden_states + residual).tolist() == [[258.0]]
     assert hidden_states.dtype == residual.dtype == torch.bfloat16
+
+
+def test_delta_sums_z_in_the_streams_own_dtype():
+    """256 + 1 is 256 in bf16, which is the z that the model itself goes on with."""
+    hidden_states = torch.tensor([[1.0]]).bfloat16()
+    residual = torch.tensor([[256.0]]).bfloat16()
+    apply_delta(hidden_states, residual, torch.tensor([0]), torch.tensor([[0.5]]))
+    assert (hidden_states + residual).tolist() == [[256.0]]

@@ -40,6 +40,14 @@ def test_chat_scores_the_users_words_without_the_markers():
     assert scored_words(tokens, last(tokens), ALL, TURN) == [10, 11, 12]
 
 
+def test_a_chat_answer_under_way_changes_nothing():
+    """Decode steps and teacher forcing bring more tokens behind the generation prompt."""
+    prompt = turn([10, 11, 12])
+    answered = [*prompt, 60, 61, END, *turn([70])]
+    for length in range(len(prompt), len(answered) + 1):
+        assert scored_words(answered[:length], last(prompt), ALL, TURN) == [10, 11, 12]
+
+
 def test_of_several_turns_only_the_last_counts():
     tokens = [*turn([10, 11, 12]), 50, 51, END, *turn([20, 21])]
     assert scored_words(tokens, last(tokens), ALL, TURN) == [20, 21]

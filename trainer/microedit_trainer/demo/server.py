@@ -69,7 +69,7 @@ class VllmServer:
                 lines of its log.
         """
         command = [
-            *_vllm_command(),
+            *vllm_command(),
             *("serve", self.model, "--host", HOST, "--port", str(self.port)),
             *self.arguments,
         ]
@@ -148,8 +148,12 @@ class VllmServer:
         )
 
 
-def _vllm_command() -> list[str]:
-    """The `vllm` command beside this interpreter, else the one on PATH."""
+def vllm_command() -> list[str]:
+    """The `vllm` command beside this interpreter, else the one on PATH.
+
+    Raises:
+        MicroEditError: vLLM is not installed.
+    """
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
     if found is None:
