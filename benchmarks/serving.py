@@ -249,6 +249,7 @@ def main(
         edited = VllmServer(model, shared_args + edit_args, log=folder / "microedit.log")
         with ServerPair({"plain": plain, "microedit": edited}, both_alive) as pair:
             runs = run_schedule(pair, workloads, schedule(repeats, SHARES, both_alive))
+    found = {str(share): ratios(runs, share) for share in SHARES}
     report = {
         "model": model,
         "edits": str(edits),
@@ -262,12 +263,12 @@ def main(
         "seed": seed,
         "vllm": vllm_version(),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
-        "ratios": {str(share): ratios(runs, share) for share in SHARES},
+        "ratios": found,
         "runs": runs,
     }
     write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
     console = Console()
-    show(console, report["ratios"])
+    show(console, found)
     console.print(f"written to {out}", highlight=False)
 
 
