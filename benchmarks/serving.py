@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -35,12 +35,13 @@ from microedit_vllm.artifact import EditSet
 from microedit_vllm.artifact.atomic import write_atomically
 from microedit_vllm.errors import MicroEditError
 
-SHARES = (0.0, 0.1, 1.0)
+MIXED = 0.1
+SHARES = (0.0, MIXED, 1.0)
 # Name in `vllm bench serve`'s result, heading, and whether more is better.
 METRICS = (
     ("output_throughput", "tokens/s", True),
-    ("median_ttft_ms", "TTFT", False),
-    ("median_tpot_ms", "TPOT", False),
+    ("median_ttft_ms", "TTFT ms", False),
+    ("median_tpot_ms", "TPOT ms", False),
 )
 MAX_MODEL_LEN = 1024
 PASSAGE_WORDS = 60
@@ -66,10 +67,19 @@ class Workload:
 
 
 class ServerPair:
-    """Both servers; each alive when its turn comes, the other one too where there is room."""
+    """Both servers; each alive when its turn comes, the other one too where there is room.
 
-    def __init__(self, servers: dict[Kind, VllmServer], both_alive: bool) -> None:
+    warm_up: called with a server that has just started; a cold engine is slow at its first load.
+    """
+
+    def __init__(
+        self,
+        servers: dict[Kind, VllmServer],
+        both_alive: bool,
+        warm_up: Callable[[VllmServer], object],
+    ) -> None:
         self._servers = servers
+        self._warm_up = warm_up
         self._both_alive = both_alive
         self._alive: set[Kind] = set()
 
@@ -80,6 +90,7 @@ class ServerPair:
         if kind not in self._alive:
             self._servers[kind].start()
             self._alive.add(kind)
+            self._warm_up(self._servers[kind])
         return self._servers[kind]
 
     def __enter__(self) -> "ServerPair":
@@ -191,16 +202,22 @@ def ratios(runs: Sequence[dict[str, Any]], share: float) -> dict[str, dict[str, 
 
 
 def show(console: Console, found: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table(title="MicroEdit / plain: median (least to largest of the paired turns)")
+    """Print the ratios, one row per share and metric."""
+    table = Table(title="MicroEdit / plain, medians of the paired turns")
     table.add_column("edited", justify="right")
-    for _, heading, more_is_better in METRICS:
-        table.add_column(f"{heading} ({'more' if more_is_better else 'less'} is better)")
+    table.add_column("")
+    for heading in ("plain", "microedit", "ratio", "least", "largest"):
+        table.add_column(heading, justify="right")
     for share, metrics in found.items():
-        cells = [
-            "{ratio:.3f} ({least:.3f} to {largest:.3f}), plain {plain:.4g}".format(**metrics[name])
-            for name, _, _ in METRICS
-        ]
-        table.add_row(f"{float(share):.0%}", *cells)
+        for name, heading, more_is_better in METRICS:
+            cells = metrics[name]
+            table.add_row(
+                f"{float(share):.0%}",
+                f"{heading}, {'more' if more_is_better else 'less'} is better",
+                *(f"{cells[kind]:.1f}" for kind in KINDS),
+                *(f"{cells[part]:.3f}" for part in ("ratio", "least", "largest")),
+            )
+        table.add_section()
     console.print(table)
 
 
@@ -247,7 +264,12 @@ def main(
         no_plugin = {"VLLM_PLUGINS": ""}
         plain = VllmServer(model, shared_args, log=folder / "plain.log", environment=no_plugin)
         edited = VllmServer(model, shared_args + edit_args, log=folder / "microedit.log")
-        with ServerPair({"plain": plain, "microedit": edited}, both_alive) as pair:
+        servers: dict[Kind, VllmServer] = {"plain": plain, "microedit": edited}
+
+        def warm_up(server: VllmServer) -> None:
+            run_load(server, workloads[MIXED])
+
+        with ServerPair(servers, both_alive, warm_up) as pair:
             runs = run_schedule(pair, workloads, schedule(repeats, SHARES, both_alive))
     found = {str(share): ratios(runs, share) for share in SHARES}
     report = {

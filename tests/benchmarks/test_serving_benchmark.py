@@ -64,8 +64,8 @@ class Recorder:
 def test_a_pair_keeps_alive_what_it_may(serving, both_alive, most, starts):
     Recorder.alive = 0
     servers = {"plain": Recorder(), "microedit": Recorder()}
-    seen = []
-    with serving.ServerPair(servers, both_alive) as pair:
+    seen, warmed = [], []
+    with serving.ServerPair(servers, both_alive, warmed.append) as pair:
         for _ in range(3):
             for kind in ("plain", "microedit"):
                 assert pair.turn_of(kind) is servers[kind]
@@ -73,6 +73,7 @@ def test_a_pair_keeps_alive_what_it_may(serving, both_alive, most, starts):
     assert max(seen) == most
     assert Recorder.alive == 0
     assert [server.starts for server in servers.values()] == [starts, starts]
+    assert len(warmed) == 2 * starts
 
 
 def test_ratios_pair_the_turns(serving):
