@@ -1,0 +1,1 @@
+"""Sub-commands of `microedit` that train, edit and evaluate."""

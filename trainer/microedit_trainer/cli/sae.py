@@ -1,0 +1,116 @@
+"""`microedit sae train`: train a sparse autoencoder on one layer of a model."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from microedit_trainer.sae import Progress as Callback
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+STAGES = {
+    "sample": "sampling text",
+    "collect": "collecting activations",
+    "train": "training",
+}
+
+
+@app.callback()
+def sae() -> None:
+    """Sparse autoencoders: the ground that edits are written on."""
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    layer: Annotated[int, typer.Option(help="Decoder layer whose output is used, from 0.")],
+    width: Annotated[int, typer.Option(help="Number of latents.")],
+    k: Annotated[int, typer.Option(help="Latents kept per token.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file, folder, JSON Lines, package:NAME, or self; repeatable."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to collect.")] = 100_000,
+    steps: Annotated[int, typer.Option(help="Steps; 0 chooses by the tokens.")] = 0,
+    batch: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    sample_tokens: Annotated[int, typer.Option(help="Tokens the model samples itself.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Continue a stopped run, or start over.")
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="Model's dtype; auto is the checkpoint's.")] = "auto",
+) -> None:
+    """Train an SAE; what it is worth on held-out text is stored in its folder.
+
+    A stopped run is continued by the same command.
+    """
+    from microedit_trainer.language_model import LanguageModel
+    from microedit_trainer.sae import SaeSettings, train_sae
+
+    settings = SaeSettings(
+        layer=layer,
+        width=width,
+        k=k,
+        text=tuple(text or ()),
+        tokens=tokens,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        seed=seed,
+        sample_tokens=sample_tokens,
+    )
+    language_model = LanguageModel.load(model, dtype)
+    try:
+        with progress_bars() as progress:
+            trained = train_sae(language_model, settings, out, not resume, progress)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes, with --fresh it starts over", file=sys.stderr)
+        raise
+    Console().print(report_table(trained.report))
+    Console().print(f"{out}: {width:,} latents, k = {k}, layer {layer}", highlight=False)
+
+
+@contextmanager
+def progress_bars() -> Iterator["Callback"]:
+    """One bar for each stage that `train_sae` goes through."""
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+
+        def advance(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in bars:
+                bars[stage] = shown.add_task(STAGES.get(stage, stage), note="", total=total)
+            shown.update(bars[stage], completed=done, note=note)
+
+        yield advance
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """Held-out quality per text source."""
+    table = Table("held-out text", "tokens", "FVU", "latents unused")
+    for name, found in report["sources"].items():
+        table.add_row(
+            name,
+            f"{found['held_out_tokens']:,}",
+            f"{found['fvu']:.3f}",
+            f"{found['dead_share']:.0%}",
+        )
+    table.add_row(
+        "all, and training text", "", f"{report['fvu']:.3f}", f"{report['dead_share']:.1%}"
+    )
+    return table
