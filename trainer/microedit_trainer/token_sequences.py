@@ -203,12 +203,18 @@ def _take(pieces: list[_Piece], tokens: int) -> list[_Piece]:
 
 
 def _held_out_groups(pieces: list[_Piece], share: float, seed: int) -> set[tuple[int, int]]:
-    """At least one group of each source that has two."""
-    by_source: dict[int, set[tuple[int, int]]] = {}
+    """A share of the groups of every kind, at least one where a kind has two.
+
+    A group's kind is the sources that it has texts in: (self turns, self turns (chat)), say.
+    """
+    sources: dict[tuple[int, int], set[str]] = {}
     for piece in pieces:
-        by_source.setdefault(piece.group[0], set()).add(piece.group)
+        sources.setdefault(piece.group, set()).add(piece.source)
+    kinds: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for group, names in sources.items():
+        kinds.setdefault(tuple(sorted(names)), []).append(group)
     held: set[tuple[int, int]] = set()
-    for number, groups in by_source.items():
+    for kind, groups in kinds.items():
         count = min(len(groups) - 1, math.ceil(share * len(groups)))
-        held.update(random.Random(f"{seed} held out {number}").sample(sorted(groups), count))
+        held.update(random.Random(f"{seed} held out {kind}").sample(sorted(groups), count))
     return held

@@ -51,17 +51,10 @@ def train_sae(
     run = _Run(model, settings, WorkFolder(out, settings, fingerprint_model(model.folder)))
     run.progress = progress or (lambda *_: None)
     run.work.open(fresh)
-    sequences = run.sequences()
-    activations = run.activations(sequences)
-    optimisation = run.optimise(activations)
-    with run.stage("report"):
-        sae = optimisation.autoencoder().to(model.device)
-        measured = report_reconstruction(sae, activations)
-    report = run.report(activations, measured)
-    with one_line_disk_errors(out):
-        saved = replace(sae.to("cpu"), report=report).save(out)
-    run.work.remove()
-    return saved
+    try:
+        return run.whole(out)
+    finally:
+        run.work.close()
 
 
 class _Run:
@@ -73,6 +66,24 @@ class _Run:
         self.model, self.settings, self.work = model, settings, work
         self.seconds: dict[str, float] = {}
         self._running: tuple[str, float] | None = None
+
+    def whole(self, out: Path) -> SparseAutoencoder:
+        """All stages; the work folder goes when `out` is there."""
+        try:
+            sequences = self.sequences()
+        except MicroEditError:
+            self.work.remove()  # nothing is in it yet that a resumed run could use
+            raise
+        activations = self.activations(sequences)
+        optimisation = self.optimise(activations)
+        with self.stage("report"):
+            sae = optimisation.autoencoder().to(self.model.device)
+            measured = report_reconstruction(sae, activations)
+        report = self.report(activations, measured)
+        with one_line_disk_errors(out):
+            saved = replace(sae.to("cpu"), report=report).save(out)
+        self.work.remove()
+        return saved
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:

@@ -1,5 +1,6 @@
 """The folder beside the output that lets a stopped run continue."""
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from microedit_vllm.errors import MicroEditError
 
 _CHECKPOINT = "checkpoint"
 _SEQUENCES = "sequences"
+_LOCK = "lock"
 
 
 class WorkFolder:
@@ -33,10 +35,15 @@ class WorkFolder:
         """Create the folder, or find the one of a stopped run with the same settings.
 
         Raises:
-            MicroEditError: the stopped run was asked for something else.
+            MicroEditError: the stopped run was asked for something else, or one is going on.
         """
-        if fresh and self.path.exists():
-            shutil.rmtree(self.path)
+        self._lock()
+        if fresh:
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != _LOCK:
+                    path.unlink()
         settings = self.path / "settings.json"
         if not settings.exists():
             write_atomically(settings, json.dumps(self._asked, indent=2).encode())
@@ -51,6 +58,22 @@ class WorkFolder:
                 f"{self.path} holds a stopped run with another {', '.join(changed)}; "
                 "repeat its command to resume it, or pass --fresh to start over"
             )
+
+    def _lock(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._locked = (self.path / _LOCK).open("w")
+        except OSError as error:
+            raise MicroEditError(f"cannot write {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._locked.close()
+            raise MicroEditError(f"another run is at work in {self.path}") from error
+
+    def close(self) -> None:
+        """Give the folder free for a run that resumes."""
+        self._locked.close()
 
     @property
     def activations(self) -> Path:
