@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ ENGINE_ARGS: dict[str, Any] = {
     # Smaller than the longer prompts, so that chunks cut them, their scored windows included.
     "max_num_batched_tokens": 40,
     "block_size": 32,
+    # A cache so small that a full batch of long answers is preempted.
+    "num_gpu_blocks_override": 24,
+    "disable_log_stats": False,
 }
 
 LONG = (
@@ -129,7 +133,7 @@ def edit_set(smollm2: Path, residuals: Residuals, tmp_path_factory: pytest.TempP
         facts=len(EDITED),
         decision=Decision(
             statistic="relative",
-            tau=0.9,
+            tau=0.6,
             scope=Scope(last=64, run=8),
             max_norm=float(norms.median() * 10),
         ),
@@ -165,7 +169,7 @@ def _scoring_change(
     missing = wanted - sae.decode(*sae.encode(wanted))
     target = torch.cat([missing, torch.zeros_like(other)])
     gram = h.T @ h
-    ridge = 0.3 * gram.diagonal().mean() * torch.eye(LATENTS)
+    ridge = 5 * gram.diagonal().mean() * torch.eye(LATENTS)
     return DecoderChange(torch.arange(LATENTS), torch.linalg.solve(gram + ridge, h.T @ target))
 
 
@@ -205,3 +209,21 @@ def engine_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@contextmanager
+def running(model: Path, **arguments: Any) -> Iterator[Any]:
+    """A `vllm.LLM` inside the block, no process of it behind.
+
+    Its scheduler runs in this process: across processes requests trickle in, and two runs of the
+    same batch would not have the same schedule.
+    """
+    from vllm import LLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        llm = LLM(str(model), **{**ENGINE_ARGS, **arguments})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
