@@ -213,17 +213,11 @@ def engine_environment() -> Iterator[None]:
 
 @contextmanager
 def running(model: Path, **arguments: Any) -> Iterator[Any]:
-    """A `vllm.LLM` inside the block, no process of it behind.
-
-    Its scheduler runs in this process: across processes requests trickle in, and two runs of the
-    same batch would not have the same schedule.
-    """
+    """A `vllm.LLM` inside the block, no process of it behind."""
     from vllm import LLM
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        llm = LLM(str(model), **{**ENGINE_ARGS, **arguments})
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
+    llm = LLM(str(model), **{**ENGINE_ARGS, **arguments})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()

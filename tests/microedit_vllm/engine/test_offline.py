@@ -23,11 +23,21 @@ ARD_NOISE = 0.02
 
 
 def generate(llm: Any, requests: list[tuple[Any, Any]], tokens: int = 8, **params: Any) -> Any:
+    """Outputs in the order of the requests, which are all there before the first step.
+
+    Without the pause they would trickle in, and two runs of one batch would not have the same
+    schedule.
+    """
     from vllm import SamplingParams
 
     params = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 3} | params
     sampling = [SamplingParams(extra_args=options, **params) for _, options in requests]
-    return llm.generate([prompt for prompt, _ in requests], sampling, use_tqdm=False)
+    llm.sleep(level=0, mode="keep")
+    try:
+        llm.enqueue([prompt for prompt, _ in requests], sampling, use_tqdm=False)
+    finally:
+        llm.wake_up(tags=["scheduling"])
+    return llm.wait_for_completion(use_tqdm=False)
 
 
 def token_ids(output: Any) -> list[int]:
