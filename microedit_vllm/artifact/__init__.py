@@ -3,7 +3,7 @@
 Knows neither vLLM nor the trainer.
 """
 
-from microedit_vllm.artifact.edit_operator import EditOperator
+from microedit_vllm.artifact.edit_operator import EditOperator, with_golden
 from microedit_vllm.artifact.edit_set import DecoderChange, EditSet, Golden
 from microedit_vllm.artifact.fingerprint import fingerprint_model
 from microedit_vllm.artifact.manifest import Decision, Manifest, Scope, TurnMarkers
@@ -22,4 +22,5 @@ __all__ = [
     "TurnMarkers",
     "fingerprint_model",
     "scored_span",
+    "with_golden",
 ]

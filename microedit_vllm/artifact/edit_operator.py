@@ -1,6 +1,6 @@
 """What an edit set computes: distances, ARD, the switch and the edited residual, in plain torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,3 +120,10 @@ class EditOperator:
 def _set_agreement(first: Tensor, second: Tensor) -> float:
     same = (first[:, :, None] == second[:, None, :]).any(-1)
     return float(same.float().mean()) if same.numel() else 1.0
+
+
+def with_golden(draft: EditSet, sae: SparseAutoencoder, z: Tensor) -> EditSet:
+    """The same set with golden activations of its own for the residuals z [g, d]."""
+    golden = EditOperator.build(draft, sae).golden_of(z)
+    on_cpu = Golden(**{name: tensor.cpu() for name, tensor in vars(golden).items()})
+    return replace(draft, golden=on_cpu)

@@ -54,6 +54,12 @@ class Golden:
     dist0: Tensor
     edited: Tensor
 
+    @classmethod
+    def none(cls) -> "Golden":
+        """No golden activations yet: a set in the making, which cannot be loaded once saved."""
+        nothing = torch.empty(0)
+        return cls(*[nothing] * 6)
+
 
 @dataclass(frozen=True)
 class EditSet:

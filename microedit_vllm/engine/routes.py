@@ -19,7 +19,7 @@ async def show_edit_set(request: Request) -> JSONResponse:
     return JSONResponse(await _summary(request))
 
 
-@router.get("/requests/{request_id}")
+@router.get("/requests/{request_id:path}")
 async def show_decision(request: Request, request_id: str) -> JSONResponse:
     """What the switch decided for a completion, by the id that the client got.
 

@@ -164,7 +164,7 @@ def resolve_folder(name: str) -> Path:
         ) from error
 
 
-def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+def find_decoder_layers(model: Any) -> nn.ModuleList:
     """The list of decoder layers, whatever the architecture calls it.
 
     Raises:

@@ -1,0 +1,75 @@
+"""τ from prompts that are not scored: as large as false fires allow."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+# JSON has no infinity; an ARD that large never switches on.
+LARGE = 1e6
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A chosen τ and what it rests on.
+
+    Attributes:
+        tau: the switch is on where ARD ≤ tau.
+        margin_edited: tau minus the 99th percentile of the edited prompts' ARD; negative where
+            edited prompts stay off.
+        margin_unrelated: the smallest ARD of an ordinary prompt minus tau.
+        prompts, fires: per group of calibration prompts, how many there were and the share of
+            them that switches on at tau.
+    """
+
+    tau: float
+    margin_edited: float
+    margin_unrelated: float
+    prompts: dict[str, int]
+    fires: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class NearPrompts:
+    """ARDs [N] of prompts of the facts' own kind that were never edited, and the share of them
+    that may switch on."""
+
+    ards: Tensor
+    allowed: float
+
+
+def calibrate(
+    edited: Tensor, ordinary: Tensor, near: dict[str, NearPrompts], slack: float = 0.9
+) -> Calibration:
+    """Choose the largest τ that the calibration prompts allow.
+
+    No ordinary prompt may switch on, with τ at most `slack` × the smallest ARD among them; of
+    each group of near prompts at most the share that it allows.
+
+    Args:
+        edited, ordinary: ARDs, [N] fp32; +∞ where nothing could be scored.
+        near: by name; a group may be empty.
+    """
+    bounds = [slack * _finite(ordinary.min())]
+    for group in near.values():
+        allowed = int(group.allowed * len(group.ards))
+        if allowed < len(group.ards):
+            # Just below the first near prompt that must stay off.
+            bounds.append(_finite(group.ards.sort().values[allowed]) * (1 - 1e-6))
+    tau = max(min(bounds), 1e-6)
+    groups = {"edited": edited, "ordinary": ordinary} | {n: g.ards for n, g in near.items()}
+    groups = {name: ards for name, ards in groups.items() if len(ards)}
+    return Calibration(
+        tau=tau,
+        margin_edited=tau - float(edited.clamp(max=LARGE).quantile(0.99)),
+        margin_unrelated=_finite(ordinary.min()) - tau,
+        prompts={name: len(ards) for name, ards in groups.items()},
+        fires={name: float((ards <= tau).float().mean()) for name, ards in groups.items()},
+    )
+
+
+def _finite(ard: Tensor) -> float:
+    return float(ard.clamp(max=LARGE))

@@ -1,0 +1,114 @@
+"""`microedit edit`: facts in, edit set out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from microedit_trainer.cli.progress import counting
+from microedit_vllm.errors import MicroEditError
+
+if TYPE_CHECKING:
+    from microedit_vllm.artifact import EditSet
+
+
+class SolverName(StrEnum):
+    joint = "joint"
+    sequential = "sequential"
+
+
+class Position(StrEnum):
+    decision = "decision"
+    sequence = "sequence"
+
+
+def edit(
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    sae: Annotated[Path, typer.Option(help="SAE folder (sparsify's format).")],
+    data: Annotated[Path, typer.Option(help="Facts file (JSON Lines).")],
+    out: Annotated[Path, typer.Option(help="Folder of the edit set.")],
+    solver: Annotated[SolverName, typer.Option(help="How to solve.")] = SolverName.joint,
+    limit: Annotated[int | None, typer.Option(min=1, help="Edit the first N facts.")] = None,
+    hold_out: Annotated[
+        Path | None, typer.Option(help="Records for calibrating τ alone; never edited.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer; default: the SAE's.")] = None,
+    tau: Annotated[float | None, typer.Option(min=0, help="Fix τ, do not calibrate.")] = None,
+    near_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of near prompts that may switch on.")
+    ] = 0.03,
+    rows_per_fact: Annotated[int, typer.Option(min=1, help="joint: row budget.")] = 15,
+    lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="sequential: α of ARD; default: the SAE's mean ‖ẑ−z‖².")
+    ] = None,
+    steps_rec: Annotated[int | None, typer.Option(min=0, help="sequential: stage 1.")] = None,
+    steps_edit: Annotated[int | None, typer.Option(min=1, help="sequential: stage 2.")] = None,
+    position: Annotated[
+        Position, typer.Option(help="sequential: where ẑ goes.")
+    ] = Position.decision,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Train an edit set. A stopped run goes on where it was when the command is given again."""
+    from microedit_trainer.edit_run import EditRun, EditSettings
+    from microedit_trainer.facts import read_facts
+    from microedit_trainer.language_model import LanguageModel
+    from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver
+    from microedit_vllm.artifact import Scope, SparseAutoencoder
+
+    facts = read_facts(data, limit)
+    held_out = read_facts(hold_out) if hold_out else []
+    encoder = SparseAutoencoder.load(sae)
+    chosen: Solver
+    if solver is SolverName.joint:
+        chosen, scope = JointSolver(rows_per_fact=rows_per_fact), Scope()
+    else:
+        options = {"lr": lr, "steps_rec": steps_rec, "steps_edit": steps_edit}
+        given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+        distance = alpha or encoder.report.get("mean_distance")
+        if distance is None:
+            raise MicroEditError("the SAE folder does not state its mean ‖ẑ−z‖²; give --alpha")
+        chosen = SequentialSolver(alpha=float(distance), position=position.value, **given)
+        scope = Scope(last=None, run=0)
+    settings = EditSettings(
+        solver=chosen,
+        scope=scope,
+        layer=layer,
+        tau=tau,
+        near_rate=near_rate,
+        hold_out=held_out,
+    )
+    run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
+    console = Console()
+    with counting(console, "editing", run.units(facts)) as progress:
+        edit_set = run.edit(facts, out, progress)
+    _report(console, edit_set, out)
+
+
+def _report(console: Console, edit_set: "EditSet", out: Path) -> None:
+    manifest = edit_set.manifest
+    decision = manifest.decision
+    table = Table(show_header=False, box=None)
+    off = [fact for fact in edit_set.facts if not fact["on"]]
+    notes = [(fact["prompt"], note) for fact in edit_set.facts for note in fact["notes"]]
+    rows = {
+        "edit set": str(out),
+        "facts": f"{manifest.facts}, {len(off)} of them do not switch on",
+        "rel": f"{manifest.scores['rel']:.3f}",
+        "tau": f"{decision.tau:.3f} ({decision.statistic} ARD)",
+        "margin to edited": f"{decision.margin_edited:+.3f}",
+        "margin to unrelated": f"{decision.margin_unrelated:+.3f}",
+        "rows to score": str(len(edit_set.scoring.indices)),
+        "rows to edit": str(len(edit_set.edit.indices)),
+        "seconds per edit": f"{manifest.scores['seconds_per_edit']:.2f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for fact in off[:10]:
+        console.print(f"[yellow]does not switch on:[/] {fact['prompt']}")
+    for prompt, note in notes[:20]:
+        console.print(f"[yellow]{note}:[/] {prompt}")

@@ -1,0 +1,154 @@
+"""A prompt as the server sees it: token ids, decision position, scored span, answer."""
+
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal
+
+from microedit_vllm.artifact import Scope, TurnMarkers, scored_span
+from microedit_vllm.errors import MicroEditError
+
+ContextName = Literal["bare", "chat", "long"]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """One prompt in one context.
+
+    Attributes:
+        prompt_ids: the request's tokens; the decision position e is the last of them.
+        answer_ids: the answer's tokens, without the end token.
+        end_id: the token that ends the answer.
+        scored: [from, to) positions that the switch looks at.
+        subject_start: position of the subject's first token where it is known, else None.
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    end_id: int
+    scored: tuple[int, int]
+    subject_start: int | None = None
+
+    @property
+    def edit_from(self) -> int:
+        return len(self.prompt_ids) - 1
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """How this tokenizer renders prompts bare, in chat, and behind a long system prompt."""
+
+    tokenizer: Any
+    scope: Scope
+    turn: TurnMarkers | None
+    max_length: int
+
+    @classmethod
+    def build(cls, tokenizer: Any, scope: Scope, max_length: int) -> "Contexts":
+        return cls(tokenizer, scope, find_turn_markers(tokenizer), max_length)
+
+    @property
+    def names(self) -> tuple[ContextName, ...]:
+        """Contexts that edits are trained in: chat only with a chat template."""
+        return ("bare", "chat") if self.turn is not None else ("bare",)
+
+    def render(
+        self, context: ContextName, prompt: str, answer: str = "", subject: str | None = None
+    ) -> PromptTokens:
+        """Tokens of a prompt and its answer in a context.
+
+        Raises:
+            MicroEditError: longer than the model's context, or no chat template for a chat.
+        """
+        if context == "bare":
+            text = prompt.rstrip()
+            answer_text = " " + answer.strip() if answer else ""
+        else:
+            text = self._chat_text(context, prompt)
+            answer_text = answer.strip()
+        prompt_ids, offsets = self._encode(text, special=context == "bare")
+        answer_ids = self.tokenizer(answer_text, add_special_tokens=False).input_ids
+        if len(prompt_ids) + len(answer_ids) + 1 > self.max_length:
+            raise MicroEditError(
+                f"the prompt {prompt[:40]!r}… has {len(prompt_ids)} tokens, with its answer more "
+                f"than the model's context of {self.max_length}; shorten it"
+            )
+        span = scored_span(prompt_ids, len(prompt_ids) - 1, self.scope, self.turn)
+        return PromptTokens(
+            prompt_ids=tuple(prompt_ids),
+            answer_ids=tuple(answer_ids),
+            end_id=int(self.tokenizer.eos_token_id),
+            scored=span,
+            subject_start=_subject_start(text, offsets, subject or guess_subject(prompt)),
+        )
+
+    def _encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(
+            text, add_special_tokens=special, return_offsets_mapping=self.tokenizer.is_fast
+        )
+        return list(encoded.input_ids), list(encoded.get("offset_mapping", []))
+
+    def _chat_text(self, context: ContextName, prompt: str) -> str:
+        if self.turn is None:
+            raise MicroEditError("this model has no chat template; use the bare context")
+        messages = [{"role": "user", "content": prompt}]
+        if context == "long":
+            messages.insert(0, {"role": "system", "content": long_system_prompt()})
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+
+def long_system_prompt() -> str:
+    """A system prompt of some 170 tokens, as an assistant of a company might have it."""
+    return files("microedit_trainer").joinpath("data/system_prompt.txt").read_text().strip()
+
+
+def find_turn_markers(tokenizer: Any) -> TurnMarkers | None:
+    """What the chat template puts before and behind a user's words; None without a template.
+
+    Found by rendering a conversation: what stands before the first and before the second user
+    turn ends alike (the start marker), and what follows the last user turn is the end marker.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    words = ("first-question", "first-answer", "second-question")
+    messages = [
+        {"role": role, "content": word}
+        for role, word in zip(("user", "assistant", "user"), words, strict=True)
+    ]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may refuse any conversation; jinja errors have no common base
+        return None
+    head, rest = text.split(words[0], 1)
+    between, tail = rest.split(words[1], 1)[1].split(words[2], 1)
+    marker = _common_ending(head, between)
+    ids = [tokenizer(part, add_special_tokens=False).input_ids for part in (marker, tail)]
+    return TurnMarkers(start=ids[0], end=ids[1]) if all(ids) else None
+
+
+def _common_ending(first: str, second: str) -> str:
+    size = 0
+    while size < min(len(first), len(second)) and first[-size - 1] == second[-size - 1]:
+        size += 1
+    return first[len(first) - size :]
+
+
+def guess_subject(prompt: str) -> str | None:
+    """What a prompt is about when its fact does not say: quoted words, else the longest run of
+    capitalised words or numbers behind the first word; None when there is neither.
+    """
+    quoted = re.search(r"[\"“«]([^\"”»]{2,})[\"”»]", prompt)
+    if quoted:
+        return quoted.group(1)
+    name = r"(?:[A-Z0-9][\w'’.&-]*)"
+    runs = re.findall(rf"(?<=\s){name}(?:\s+(?:(?:of|the|de|la|and|von|van)\s+)*{name})*", prompt)
+    return max(runs, key=len).rstrip(".'’") if runs else None
+
+
+def _subject_start(text: str, offsets: list[tuple[int, int]], subject: str | None) -> int | None:
+    begin = text.rfind(subject) if subject else -1
+    if begin < 0:
+        return None
+    return next((i for i, (_, stop) in enumerate(offsets) if stop > begin), None)

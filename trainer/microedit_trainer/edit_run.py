@@ -1,0 +1,338 @@
+"""From a facts file to an edit set: facts → contexts → stored residuals → solver → τ → set."""
+
+import hashlib
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
+from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
+from microedit_trainer.evaluation import Outcome, TorchEngine
+from microedit_trainer.facts import Fact, find_conflicts, swap_subjects
+from microedit_trainer.language_model import LanguageModel, Progress
+from microedit_trainer.solvers import EditProblem, Solution, Solver
+from microedit_trainer.solvers.resume import open_work_folder
+from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
+from microedit_vllm.artifact import (
+    Decision,
+    EditOperator,
+    EditSet,
+    Golden,
+    Manifest,
+    Scope,
+    SparseAutoencoder,
+    fingerprint_model,
+    with_golden,
+)
+from microedit_vllm.artifact.edit_set import relative_sae_path
+from microedit_vllm.artifact.manifest import ModelIdentity, SaeIdentity
+from microedit_vllm.errors import MicroEditError
+
+GOLDEN_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What an edit run needs beside model, SAE and facts.
+
+    Attributes:
+        solver: one of the two.
+        scope: which tokens the switch scores.
+        layer: decoder layer; None takes the one that the SAE was trained on.
+        tau: fixes τ instead of calibrating it.
+        near_rate: share of the held-out prompts that may switch on.
+        swapped_rate: share of the facts' prompts with another fact's subject that may; these are
+            the hardest, both halves being edited.
+        contexts: contexts that the facts are trained in; None takes all the model has.
+        hold_out: records of the same kind as the facts, for τ alone; never edited.
+    """
+
+    solver: Solver
+    scope: Scope
+    layer: int | None = None
+    tau: float | None = None
+    near_rate: float = 0.03
+    swapped_rate: float = 0.15
+    contexts: tuple[ContextName, ...] | None = None
+    hold_out: Sequence[Fact] = field(default=())
+
+
+class EditRun:
+    """One run of `microedit edit`, resumable through a work folder beside the set."""
+
+    def __init__(
+        self, lm: LanguageModel, sae: SparseAutoencoder, sae_folder: Path, settings: EditSettings
+    ) -> None:
+        self.lm = lm
+        self.sae = sae.to(lm.device)
+        self.sae_folder = sae_folder
+        self.settings = settings
+        self.layer = _layer(lm, sae, settings.layer)
+        if sae.d_in != lm.hidden_size:
+            raise MicroEditError(
+                f"the SAE in {sae_folder} is for residuals of width {sae.d_in}, {lm.name} has "
+                f"{lm.hidden_size}; name the SAE that was trained on this model"
+            )
+        self.max_norm = float(sae.report.get("max_norm", 0)) or self._sink_norm()
+        self.contexts = Contexts.build(lm.tokenizer, settings.scope, lm.max_length)
+
+    def edit(self, facts: Sequence[Fact], out: Path, progress: Progress) -> EditSet:
+        """Train the set and write it to `out`, atomically.
+
+        Args:
+            progress: called with the number of prompts (or facts) that the solver has done.
+
+        Raises:
+            MicroEditError: a fact cannot be edited, or `out` is something else than an edit set.
+        """
+        _check_target(out)
+        started = time.monotonic()
+        prompts = [self._render(fact) for fact in facts]
+        self._check_scored(facts, prompts)
+        work = out.absolute().with_name(f".{out.name}-work")
+        open_work_folder(work, self._run_description(facts))
+        problem = EditProblem(
+            lm=self.lm,
+            sae=self.sae,
+            layer=self.layer,
+            facts=self._stored(prompts),
+            ordinary=self._ordinary_tokens(),
+            work_folder=work,
+        )
+        solution = self.settings.solver.solve(problem, progress)
+        edit_set = self._finish(facts, problem, solution, out, time.monotonic() - started)
+        edit_set.save(out)
+        shutil.rmtree(work, ignore_errors=True)
+        return edit_set
+
+    def units(self, facts: Sequence[Fact]) -> int:
+        """How far `progress` counts for these facts."""
+        joint = self.settings.solver.name == "joint"
+        return len(facts) * (len(self.context_names) if joint else 1)
+
+    @property
+    def context_names(self) -> tuple[ContextName, ...]:
+        return self.settings.contexts or self.contexts.names
+
+    def _render(self, fact: Fact) -> list[PromptTokens]:
+        return [
+            self.contexts.render(name, fact.prompt, fact.target, fact.subject)
+            for name in self.context_names
+        ]
+
+    def _check_scored(self, facts: Sequence[Fact], prompts: Sequence[list[PromptTokens]]) -> None:
+        for number, (fact, rendered) in enumerate(zip(facts, prompts, strict=True), start=1):
+            shortest = min(p.scored[1] - p.scored[0] for p in rendered)
+            if shortest < 2:
+                raise MicroEditError(
+                    f"fact {number}: the prompt {fact.prompt!r} is too short for the switch to "
+                    "recognise it; write at least four words"
+                )
+
+    def _stored(self, prompts: Sequence[list[PromptTokens]]) -> list[list[StoredPrompt]]:
+        flat = [p for rendered in prompts for p in rendered]
+        stored = iter(store_residuals(self.lm, self.layer, flat, self.max_norm))
+        return [[next(stored) for _ in rendered] for rendered in prompts]
+
+    def _sink_norm(self) -> float:
+        """3 × the median residual norm over the shipped ordinary prompts, for a foreign SAE."""
+        ids = [self.lm.tokenizer(line).input_ids for line in ordinary_lines()[:64]]
+        norms = [
+            self.lm.lower(torch.tensor([i]), self.layer)[0].float().norm(dim=-1) for i in ids if i
+        ]
+        return 3.0 * float(torch.cat(norms).median())
+
+    def _ordinary(self, lines: Sequence[str]) -> list[StoredPrompt]:
+        rendered = [self.contexts.render(c, line) for line in lines for c in self.contexts.names]
+        return store_residuals(self.lm, self.layer, rendered, self.max_norm)
+
+    def _ordinary_tokens(self) -> Tensor:
+        """Residuals of the even ordinary lines (the odd ones are for τ), sinks left out: [N, d]."""
+        stored = self._ordinary(ordinary_lines()[::2])
+        return torch.cat([p.z[1:][~p.is_sink[1:]] for p in stored]).float()
+
+    def _run_description(self, facts: Sequence[Fact]) -> dict[str, Any]:
+        return {
+            "model": fingerprint_model(self.lm.folder),
+            "dtype": str(self.lm.dtype),
+            "sae": self.sae.fingerprint,
+            "layer": self.layer,
+            "contexts": self.context_names,
+            "scope": str(self.settings.scope),
+            "solver": self.settings.solver.hyperparameters(),
+            "facts": [asdict(fact) for fact in facts],
+        }
+
+    def _finish(
+        self,
+        facts: Sequence[Fact],
+        problem: EditProblem,
+        solution: Solution,
+        out: Path,
+        seconds: float,
+    ) -> EditSet:
+        """Calibrate τ, score the facts, and put the set together."""
+        draft = self._draft(facts, problem, solution, out)
+        engine = TorchEngine.build(self.lm, EditOperator.build(draft, self.sae))
+        calibration = self._calibrate(engine, facts)
+        manifest = _with_tau(draft.manifest, calibration, self.settings.tau)
+        operator = EditOperator.build(replace(draft, manifest=manifest), self.sae)
+        lines = self._fact_lines(replace(engine, operator=operator), facts)
+        scores = {
+            "rel": _mean([line["rel"] for line in lines]),
+            "calibration": calibration.to_json(),
+            "seconds_per_edit": round(seconds / len(facts), 4),
+            **solution.report,
+        }
+        manifest = manifest.model_copy(update={"scores": scores})
+        return replace(draft, manifest=manifest, facts=lines)
+
+    def _manifest(self, facts: Sequence[Fact], solution: Solution, out: Path) -> Manifest:
+        settings = self.settings
+        relative = settings.solver.name == "joint"
+        solver = settings.solver.hyperparameters()
+        return Manifest(
+            model=ModelIdentity(
+                name=self.lm.name.rstrip("/").rsplit("/", 1)[-1],
+                fingerprint=fingerprint_model(self.lm.folder),
+                hidden_size=self.lm.hidden_size,
+                num_layers=self.lm.num_layers,
+                dtype=str(self.lm.dtype).removeprefix("torch."),
+            ),
+            sae=SaeIdentity(
+                path=relative_sae_path(self.sae_folder, out),
+                fingerprint=self.sae.fingerprint,
+                num_latents=self.sae.num_latents,
+                k=self.sae.k,
+            ),
+            layer=self.layer,
+            solver=settings.solver.name,
+            facts=len(facts),
+            decision=Decision(
+                statistic="relative" if relative else "absolute",
+                tau=settings.tau or 1.0,
+                alpha=None if relative else float(solver["alpha"]),
+                scope=settings.scope,
+                turn=self.contexts.turn,
+                max_norm=self.max_norm,
+            ),
+            placement=solution.placement,
+            position=solver.get("position", "decision"),
+            activation=solution.activation,
+            theta=solution.theta,
+            hyperparameters={
+                **solver,
+                "contexts": list(self.context_names),
+                "near_rate": settings.near_rate,
+                "held_out": [prompt_digest(f.prompt) for f in settings.hold_out],
+            },
+            created_with={
+                name: version(name) for name in ("microedit-vllm", "torch", "transformers")
+            }
+            | {"python": platform.python_version()},
+        )
+
+    def _draft(
+        self, facts: Sequence[Fact], problem: EditProblem, solution: Solution, out: Path
+    ) -> EditSet:
+        """The set before τ is known: golden activations of edited and of ordinary tokens."""
+        manifest = self._manifest(facts, solution, out)
+        draft = EditSet(manifest, solution.scoring, solution.edit, Golden.none())
+        own = torch.cat([p.z[p.scored[-2:]] for fact in problem.facts[:4] for p in fact]).float()
+        half = GOLDEN_TOKENS // 2
+        z = torch.cat([own[:half], problem.ordinary[: GOLDEN_TOKENS - half]])
+        return with_golden(draft, self.sae, z)
+
+    def _calibrate(self, engine: TorchEngine, facts: Sequence[Fact]) -> Calibration:
+        def ards(prompts: Sequence[str]) -> Tensor:
+            names = self.context_names
+            rendered = [self.contexts.render(n, p) for p in prompts for n in names]
+            return engine.ards(rendered).cpu() if rendered else torch.empty(0)
+
+        return calibrate(
+            edited=ards([f.prompt for f in facts]),
+            ordinary=ards(ordinary_lines()[1::2]),
+            near={
+                "held_out": NearPrompts(
+                    ards([f.prompt for f in self.settings.hold_out]), self.settings.near_rate
+                ),
+                "swapped": NearPrompts(ards(swap_subjects(facts)), self.settings.swapped_rate),
+            },
+        )
+
+    def _fact_lines(self, engine: TorchEngine, facts: Sequence[Fact]) -> list[dict[str, Any]]:
+        """One line per fact for `facts.jsonl`: its own ARD and scores in each context."""
+        conflicts = find_conflicts(facts)
+        lines: list[dict[str, Any]] = [
+            {
+                "prompt": fact.prompt,
+                "target": fact.target,
+                "subject": fact.subject,
+                "paraphrases": list(fact.paraphrases),
+                "notes": conflicts.get(index, []),
+            }
+            for index, fact in enumerate(facts)
+        ]
+        for name in self.context_names:
+            suffix = "" if name == "bare" else f"_{name}"
+            prompts = [self.contexts.render(name, f.prompt, f.target) for f in facts]
+            outcomes = engine.edited(prompts)
+            for line, prompt, outcome in zip(lines, prompts, outcomes, strict=True):
+                line[f"ard{suffix}"] = round(outcome.ard, 5)
+                line[f"on{suffix}"] = outcome.on
+                line[f"rel{suffix}"] = _accuracy(prompt, outcome)
+        return lines
+
+
+def ordinary_lines() -> list[str]:
+    """Everyday prompts that ship with the trainer: passages, questions, requests, code."""
+    text = files("microedit_trainer").joinpath("data/ordinary_prompts.txt").read_text()
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def prompt_digest(prompt: str) -> str:
+    """Short hash by which a set remembers a prompt that τ was calibrated on."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def _layer(lm: LanguageModel, sae: SparseAutoencoder, layer: int | None) -> int:
+    chosen = layer if layer is not None else sae.report.get("layer")
+    if not isinstance(chosen, int):
+        raise MicroEditError(
+            "the SAE folder does not say which layer it belongs to; name it with --layer"
+        )
+    lm.check_layer(chosen)
+    return chosen
+
+
+def _with_tau(manifest: Manifest, calibration: Calibration, fixed: float | None) -> Manifest:
+    found = {
+        "tau": fixed or calibration.tau,
+        "margin_edited": calibration.margin_edited,
+        "margin_unrelated": calibration.margin_unrelated,
+    }
+    decision = manifest.decision.model_copy(update=found)
+    return manifest.model_copy(update={"decision": decision})
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not (out / "microedit.json").exists():
+        raise MicroEditError(f"{out} exists and is not an edit set; name another --out")
+
+
+def _accuracy(prompt: PromptTokens, outcome: Outcome) -> float:
+    right = outcome.answer == torch.tensor(prompt.answer_ids)
+    return round(float(right.float().mean()), 4)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

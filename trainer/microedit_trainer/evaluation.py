@@ -1,0 +1,195 @@
+"""Rel, Gen, Loc and near, as the paper defines them: token accuracy under teacher forcing."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
+from microedit_trainer.facts import Fact, Probe, swap_subjects
+from microedit_trainer.language_model import LanguageModel
+from microedit_trainer.stored_residuals import StoredPrompt, predictions, store_residuals
+from microedit_vllm.artifact import EditOperator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model made of one prompt: greedy tokens [A] at the answer's places, ARD, switch."""
+
+    answer: Tensor
+    ard: float
+    on: bool
+
+
+class Engine(Protocol):
+    """Whoever runs the prompts: the trainer's own forward, or a server."""
+
+    def edited(self, prompts: Sequence[PromptTokens]) -> list[Outcome]:
+        """With the edit set."""
+
+    def plain(self, prompts: Sequence[PromptTokens]) -> list[Tensor]:
+        """Greedy tokens [A] without it."""
+
+
+@dataclass(frozen=True)
+class TorchEngine:
+    """The edit set in plain torch over the Hugging Face model."""
+
+    lm: LanguageModel
+    operator: EditOperator
+    store: dict[PromptTokens, StoredPrompt]
+
+    @classmethod
+    def build(cls, lm: LanguageModel, operator: EditOperator) -> "TorchEngine":
+        return cls(lm, operator, {})
+
+    def _stored(self, prompts: Sequence[PromptTokens]) -> list[StoredPrompt]:
+        manifest = self.operator.edit_set.manifest
+        new = [p for p in dict.fromkeys(prompts) if p not in self.store]
+        if new:
+            residuals = store_residuals(self.lm, manifest.layer, new, manifest.decision.max_norm)
+            self.store.update(zip(new, residuals, strict=True))
+        return [self.store[p] for p in prompts]
+
+    @torch.no_grad()
+    def ards(self, prompts: Sequence[PromptTokens]) -> Tensor:
+        """The decision's statistic of each prompt: [N] fp32."""
+        return torch.stack([self._ard(p) for p in self._stored(prompts)])
+
+    def _ard(self, prompt: StoredPrompt) -> Tensor:
+        return self.operator.ard(*self.operator.distances(prompt.z[prompt.scored]))
+
+    @torch.no_grad()
+    def edited(self, prompts: Sequence[PromptTokens]) -> list[Outcome]:
+        if not prompts:
+            return []
+        stored = self._stored(prompts)
+        ards = [self._ard(p) for p in stored]
+        on = [bool(self.operator.is_on(ard)) for ard in ards]
+        residuals = [self._substituted(p) if o else p.z for p, o in zip(stored, on, strict=True)]
+        answers = predictions(self.lm, self.operator.edit_set.manifest.layer, stored, residuals)
+        return [Outcome(a, float(r), o) for a, r, o in zip(answers, ards, on, strict=True)]
+
+    def _substituted(self, prompt: StoredPrompt) -> Tensor:
+        z = prompt.z.clone()
+        start = 1 if self.operator.edit_set.manifest.position == "sequence" else prompt.edited.start
+        z[start:] = self.operator.edited(prompt.z[start:]).to(z.dtype)
+        return z
+
+    @torch.no_grad()
+    def plain(self, prompts: Sequence[PromptTokens]) -> list[Tensor]:
+        if not prompts:
+            return []
+        stored = self._stored(prompts)
+        layer = self.operator.edit_set.manifest.layer
+        return predictions(self.lm, layer, stored, [p.z for p in stored])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The figures of one evaluation; shares in [0, 1], None where nothing could be scored.
+
+    Attributes:
+        rel, gen: share of answer tokens right, on the edited prompts and on their paraphrases.
+        rel_exact: share of edited prompts with every answer token right.
+        loc, near: share of answer tokens unchanged, on locality prompts and on other prompts of
+            the same kind as the edited ones; near_swapped: on the edited prompts with another
+            fact's subject.
+        fire_*: share of prompts whose switch is on.
+    """
+
+    facts: int
+    context: ContextName
+    rel: float
+    rel_exact: float
+    gen: float | None
+    loc: float | None
+    near: float | None
+    near_swapped: float | None
+    fire_edit: float
+    fire_para: float | None
+    fire_loc: float | None
+    fire_near: float | None
+    fire_near_swapped: float | None
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def evaluate(
+    engine: Engine,
+    contexts: Contexts,
+    facts: Sequence[Fact],
+    others: Sequence[Fact],
+    context: ContextName,
+) -> Scores:
+    """Score an edit set.
+
+    Args:
+        facts: the edited facts.
+        others: records of the same kind that were neither edited nor calibrated on.
+        context: how the prompts are asked.
+    """
+
+    def render(prompt: str, answer: str, subject: str | None = None) -> PromptTokens:
+        return contexts.render(context, prompt, answer, subject)
+
+    edited = [render(f.prompt, f.target) for f in facts]
+    paraphrased = [render(p, f.target) for f in facts for p in f.paraphrases]
+    outcomes, gen_outcomes = engine.edited(edited), engine.edited(paraphrased)
+    rel, rel_exact = _accuracy(edited, outcomes)
+    gen, _ = _accuracy(paraphrased, gen_outcomes)
+    loc, fire_loc = _agreement(engine, [render(*_probe(p)) for f in facts for p in f.locality])
+    near, fire_near = _agreement(engine, [render(f.prompt, f.target) for f in others])
+    swapped = [render(p, facts[0].target) for p in swap_subjects(facts)]
+    near_swapped, fire_swapped = _agreement(engine, swapped)
+    assert rel is not None and rel_exact is not None
+    return Scores(
+        facts=len(facts),
+        context=context,
+        rel=rel,
+        rel_exact=rel_exact,
+        gen=gen,
+        loc=loc,
+        near=near,
+        near_swapped=near_swapped,
+        fire_edit=_fire(outcomes) or 0.0,
+        fire_para=_fire(gen_outcomes),
+        fire_loc=fire_loc,
+        fire_near=fire_near,
+        fire_near_swapped=fire_swapped,
+    )
+
+
+def _probe(probe: Probe) -> tuple[str, str]:
+    """A probe without an answer is scored over its next token alone."""
+    return probe.prompt, probe.answer or "the"
+
+
+def _accuracy(
+    prompts: Sequence[PromptTokens], outcomes: Sequence[Outcome]
+) -> tuple[float | None, float | None]:
+    if not prompts:
+        return None, None
+    right = [
+        (o.answer == torch.tensor(p.answer_ids)).float().mean()
+        for p, o in zip(prompts, outcomes, strict=True)
+    ]
+    shares = torch.stack(right)
+    return float(shares.mean()), float((shares == 1).float().mean())
+
+
+def _agreement(
+    engine: Engine, prompts: Sequence[PromptTokens]
+) -> tuple[float | None, float | None]:
+    if not prompts:
+        return None, None
+    outcomes, plain = engine.edited(prompts), engine.plain(prompts)
+    same = [(o.answer == p).float().mean() for o, p in zip(outcomes, plain, strict=True)]
+    return float(torch.stack(same).mean()), _fire(outcomes)
+
+
+def _fire(outcomes: Sequence[Outcome]) -> float | None:
+    return sum(o.on for o in outcomes) / len(outcomes) if outcomes else None

@@ -1,0 +1,141 @@
+"""All facts together: per-fact targets, then two ridge solves.
+
+The scoring change makes ẑ reconstruct z on the facts' own tokens from the subject on, so that
+the switch turns on there and nowhere else; tokens before it are held as they are. The edit change
+adds the targets' δ* from the decision position on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from microedit_kernels.edit_change import threshold_acts
+from microedit_kernels.topk_encode import pre_acts
+from microedit_trainer.language_model import Progress
+from microedit_trainer.solvers.problem import EditProblem, Solution
+from microedit_trainer.solvers.resume import TargetStore
+from microedit_trainer.solvers.ridge import Term, solve_ridge, strongest_rows
+from microedit_trainer.solvers.targets import TargetSettings, solve_targets
+from microedit_trainer.stored_residuals import StoredPrompt
+from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
+from microedit_vllm.artifact.edit_set import VALUES_DTYPE
+
+
+@dataclass(frozen=True)
+class JointSolver:
+    """The default solver.
+
+    Attributes:
+        rows_per_fact: budget of decoder rows in each of the two changes, per fact.
+        least_rows: budget of a small set; few facts still need some hundreds of rows.
+        ridge: in units of the mean ‖h‖².
+        ordinary_weight: weight of the tokens that shall not change: ordinary ones, and in the
+            scoring change those before a fact's subject.
+        threshold_quantile: θ is this quantile of the k-th activation over the edited tokens.
+    """
+
+    rows_per_fact: int = 15
+    least_rows: int = 500
+    ridge: float = 1e-2
+    ordinary_weight: float = 0.1
+    threshold_quantile: float = 0.1
+    targets: TargetSettings = field(default_factory=TargetSettings)
+    name: Literal["joint"] = "joint"
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def solve(self, problem: EditProblem, progress: Progress) -> Solution:
+        """Targets of every prompt (resumable), then both solves."""
+        deltas = self._all_targets(problem, progress)
+        scoring = self._scoring_change(problem)
+        edit, theta, latents = self._edit_change(problem, deltas)
+        return Solution(scoring, edit, "delta", "threshold", theta, {"least_latents": latents})
+
+    def budget(self, facts: int) -> int:
+        """Rows that each change may have."""
+        return max(self.least_rows, self.rows_per_fact * facts)
+
+    def _all_targets(self, problem: EditProblem, progress: Progress) -> list[Tensor]:
+        """δ* of every prompt, in the order of `_prompts`; batches done before are read back."""
+        prompts = _prompts(problem)
+        store = TargetStore(problem.work_folder, problem.sae.d_in)
+        size = self.targets.batch
+        deltas: list[Tensor] = []
+        for number, start in enumerate(range(0, len(prompts), size)):
+            batch = prompts[start : start + size]
+            found = store.read(number, batch)
+            if found is None:
+                found = solve_targets(problem.lm, problem.layer, batch, self.targets)
+                store.write(number, found)
+            deltas += [delta.to(problem.ordinary.device) for delta in found]
+            progress(len(batch))
+        return deltas
+
+    def _scoring_change(self, problem: EditProblem) -> DecoderChange:
+        sae, prompts = problem.sae, _prompts(problem)
+        z = torch.cat([p.z[p.identifying] for p in prompts]).float()
+        top_acts, top_indices = sae.encode(z)
+        wanted = z - sae.decode(top_acts, top_indices)
+        shared = torch.cat([p.z[p.shared] for p in prompts]).float()
+        unchanged = torch.cat([problem.ordinary, shared])
+        return self._solve(
+            _dense(top_acts, top_indices, sae),
+            wanted,
+            _dense(*sae.encode(unchanged), sae),
+            len(problem.facts),
+        )
+
+    def _edit_change(
+        self, problem: EditProblem, deltas: Sequence[Tensor]
+    ) -> tuple[DecoderChange, float, int]:
+        """The change, θ, and how many latents the least active edited token keeps."""
+        sae = problem.sae
+        z = torch.cat([p.z[p.edited] for p in _prompts(problem)]).float()
+        kth = sae.encode(z)[0][:, -1]
+        theta = float(kth.quantile(self.threshold_quantile))
+        codes = _threshold_codes(z, sae, theta)
+        ordinary = _threshold_codes(problem.ordinary, sae, theta)
+        latents = int((codes > 0).sum(1).min())
+        return (
+            self._solve(codes, torch.cat(list(deltas)), ordinary, len(problem.facts)),
+            theta,
+            latents,
+        )
+
+    def _solve(self, codes: Tensor, wanted: Tensor, ordinary: Tensor, facts: int) -> DecoderChange:
+        """Ridge on all active rows, then again on the strongest within the budget."""
+        ridge = self.ridge * float(codes.square().sum(1).mean())
+
+        def solve_on(rows: Tensor) -> Tensor:
+            unchanged = wanted.new_zeros(len(ordinary), wanted.shape[1])
+            terms = [
+                Term(codes[:, rows], wanted, 1.0),
+                Term(ordinary[:, rows], unchanged, self.ordinary_weight),
+            ]
+            return solve_ridge(terms, ridge)
+
+        rows = (codes > 0).any(0).nonzero()[:, 0]
+        change = solve_on(rows)
+        if len(rows) > self.budget(facts):
+            rows = rows[strongest_rows(change, codes[:, rows], self.budget(facts))]
+            change = solve_on(rows)
+        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu())
+
+
+def _prompts(problem: EditProblem) -> list[StoredPrompt]:
+    """Every prompt of every fact, grouped by context so that batches are of like lengths."""
+    contexts = max(len(fact) for fact in problem.facts)
+    return [fact[c] for c in range(contexts) for fact in problem.facts if c < len(fact)]
+
+
+def _dense(top_acts: Tensor, top_indices: Tensor, sae: SparseAutoencoder) -> Tensor:
+    codes = top_acts.new_zeros(len(top_acts), sae.num_latents)
+    return codes.scatter_(1, top_indices, top_acts)
+
+
+def _threshold_codes(z: Tensor, sae: SparseAutoencoder, theta: float) -> Tensor:
+    return threshold_acts(pre_acts(z, sae.W_enc, sae.b_enc, sae.b_dec), theta)

@@ -1,0 +1,56 @@
+"""What a solver gets and what it gives, whichever solver it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from microedit_trainer.language_model import LanguageModel, Progress
+from microedit_trainer.stored_residuals import StoredPrompt
+from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class EditProblem:
+    """The facts to edit, ready to train on.
+
+    Attributes:
+        facts: per fact, its prompt in each context it is trained in.
+        ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
+        work_folder: where a solver keeps what lets a stopped run resume.
+    """
+
+    lm: LanguageModel
+    sae: SparseAutoencoder
+    layer: int
+    facts: Sequence[Sequence[StoredPrompt]]
+    ordinary: Tensor
+    work_folder: Path
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The decoder's changes and how they are to be served."""
+
+    scoring: DecoderChange
+    edit: DecoderChange
+    placement: Literal["replace", "delta"]
+    activation: Literal["topk", "threshold"]
+    theta: float | None
+    report: dict[str, Any]
+
+
+class Solver(Protocol):
+    """One way to find the changes."""
+
+    @property
+    def name(self) -> Literal["sequential", "joint"]:
+        """As the edit set records it."""
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the edit set records."""
+
+    def solve(self, problem: EditProblem, progress: Progress) -> Solution:
+        """Find the changes; `progress` is called with the number of facts done."""

@@ -1,0 +1,131 @@
+"""The paper's solver: fact after fact, two stages (Eq. 7 to 16, Algorithm 1).
+
+Encoder and model are frozen. Each fact trains only the decoder rows that its tokens activate
+(Eq. 15, 16): they are gathered, trained with a fresh Adam, and put back.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from microedit_kernels.sparse_decode import decode, squared_distance
+from microedit_trainer.language_model import Progress
+from microedit_trainer.solvers.problem import EditProblem, Solution
+from microedit_trainer.solvers.resume import read_checkpoint, write_checkpoint
+from microedit_trainer.stored_residuals import StoredPrompt
+from microedit_vllm.artifact import DecoderChange
+from microedit_vllm.artifact.edit_set import VALUES_DTYPE
+
+CHECKPOINT = "sequential.safetensors"
+
+
+@dataclass(frozen=True)
+class SequentialSolver:
+    """Attributes:
+    alpha: α of Eq. 13, in units of ‖ẑ − z‖² (the paper: 600).
+    lr: Adam's learning rate (the paper: 5e-5).
+    steps_rec: steps of stage 1, L_rec alone.
+    steps_edit: most steps of stage 2, L_rec + L_edit.
+    learnt: L_edit below which stage 2 ends.
+    position: where ẑ goes: every token of prompt and answer (the paper) or from the decision on.
+    checkpoint_every: facts between two checkpoints.
+    """
+
+    alpha: float
+    lr: float = 1e-3
+    steps_rec: int = 30
+    steps_edit: int = 60
+    learnt: float = 0.05
+    position: Literal["decision", "sequence"] = "decision"
+    checkpoint_every: int = 10
+    name: Literal["sequential"] = "sequential"
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def solve(self, problem: EditProblem, progress: Progress) -> Solution:
+        """Edit one fact after another; a stopped run goes on behind its last checkpoint."""
+        W_dec = problem.sae.W_dec.clone()
+        changed = torch.zeros(problem.sae.num_latents, dtype=torch.bool, device=W_dec.device)
+        done = self._restore(problem, W_dec, changed)
+        progress(done)
+        for index in range(done, len(problem.facts)):
+            for prompt in problem.facts[index]:
+                rows, values = self._edit(problem, prompt, W_dec)
+                W_dec[rows] = values
+                changed[rows] = True
+            if (index + 1) % self.checkpoint_every == 0:
+                self._save(problem, W_dec, changed, index + 1)
+            progress(1)
+        rows = changed.nonzero()[:, 0]
+        values = (W_dec - problem.sae.W_dec)[rows].to(VALUES_DTYPE)
+        change = DecoderChange(rows.cpu(), values.cpu())
+        return Solution(change, change, "replace", "topk", None, {})
+
+    def _edit(
+        self, problem: EditProblem, prompt: StoredPrompt, W_dec: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Train one prompt's rows: indices [u] and their new values [u, d]."""
+        sae, z = problem.sae, prompt.z.float()
+        substituted = self._substituted(prompt)
+        scored = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        scored[prompt.scored.to(z.device)] = True
+        where = (scored | substituted).nonzero()[:, 0]
+        top_acts, top_indices = sae.encode(z[where])
+        rows, local = top_indices.unique(return_inverse=True)
+        values = W_dec[rows].clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([values], lr=self.lr)
+        is_scored = scored[where]
+
+        def reconstruct() -> tuple[Tensor, Tensor]:
+            z_hat = decode(top_acts, local, values, sae.b_dec)
+            ard = squared_distance(z_hat[is_scored], z[where][is_scored]).mean() / self.alpha
+            return z_hat, ard
+
+        for _ in range(self.steps_rec):
+            _step(optimizer, reconstruct()[1])
+        inside = substituted[where]
+        for _ in range(self.steps_edit):
+            z_hat, ard = reconstruct()
+            loss = self._edit_loss(problem, prompt, where[inside], z_hat[inside])
+            if float(loss) < self.learnt:
+                break
+            _step(optimizer, ard + loss)
+        return rows, values.detach()
+
+    def _edit_loss(
+        self, problem: EditProblem, prompt: StoredPrompt, where: Tensor, z_hat: Tensor
+    ) -> Tensor:
+        """L_edit = −log P(answer) with ẑ in place of z at `where` (Eq. 10), mean over tokens."""
+        z = prompt.z.index_put((where,), z_hat.to(prompt.z.dtype))
+        hidden = problem.lm.upper(z[None], problem.layer)[0, prompt.edited]
+        return F.cross_entropy(problem.lm.logits(hidden), prompt.answer_with_end.to(z.device))
+
+    def _substituted(self, prompt: StoredPrompt) -> Tensor:
+        mask = torch.zeros(len(prompt.z), dtype=torch.bool, device=prompt.z.device)
+        mask[1 if self.position == "sequence" else prompt.edited.start :] = True
+        return mask & ~prompt.is_sink
+
+    def _save(self, problem: EditProblem, W_dec: Tensor, changed: Tensor, done: int) -> None:
+        rows = changed.nonzero()[:, 0]
+        checkpoint = {"rows": rows, "values": W_dec[rows], "done": torch.tensor([done])}
+        write_checkpoint(problem.work_folder / CHECKPOINT, checkpoint)
+
+    def _restore(self, problem: EditProblem, W_dec: Tensor, changed: Tensor) -> int:
+        """Put a checkpoint's rows in place; how many facts it holds."""
+        checkpoint = read_checkpoint(problem.work_folder / CHECKPOINT)
+        if checkpoint is None:
+            return 0
+        rows = checkpoint["rows"].to(W_dec.device)
+        W_dec[rows] = checkpoint["values"].to(W_dec.device)
+        changed[rows] = True
+        return int(checkpoint["done"])
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

@@ -1,0 +1,120 @@
+"""z of each prompt and its answer, computed once per edit run: the layers up to l never rerun."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microedit_trainer.contexts import PromptTokens
+from microedit_trainer.language_model import LanguageModel, Progress, length_batches, pad_batch
+
+
+@dataclass(frozen=True)
+class StoredPrompt:
+    """One prompt in one context with its residuals.
+
+    Attributes:
+        tokens: what was run.
+        z: [P + A, d] in the model's dtype, prompt and answer.
+        is_sink: [P + A] bool, tokens whose residual norm is an outlier.
+    """
+
+    tokens: PromptTokens
+    z: Tensor
+    is_sink: Tensor
+
+    @property
+    def edited(self) -> slice:
+        """Positions e, e+1, …: the last prompt token and every answer token."""
+        return slice(self.tokens.edit_from, len(self.z))
+
+    @property
+    def answer_with_end(self) -> Tensor:
+        """What the positions in `edited` must predict: the answer, then the end token. [A + 1]"""
+        return torch.tensor([*self.tokens.answer_ids, self.tokens.end_id])
+
+    @property
+    def scored(self) -> Tensor:
+        """Positions that the switch looks at, sinks left out: [S] int64."""
+        start, stop = self.tokens.scored
+        positions = torch.arange(start, stop)
+        return positions[~self.is_sink[start:stop].cpu()]
+
+    @property
+    def identifying(self) -> Tensor:
+        """Scored positions that tell this fact from others: from the subject on: [S] int64.
+
+        Causal attention leaves the tokens before the subject equal in every prompt of the same
+        wording, so that reconstructing them would turn the switch on for all of those. All scored
+        positions where the subject is unknown or nothing scored follows it.
+        """
+        start = self.tokens.subject_start
+        own = self.scored if start is None else self.scored[self.scored >= start]
+        return own if len(own) else self.scored
+
+    @property
+    def shared(self) -> Tensor:
+        """Scored positions that are not identifying: [S] int64."""
+        return self.scored[~torch.isin(self.scored, self.identifying)]
+
+
+@torch.no_grad()
+def store_residuals(
+    lm: LanguageModel,
+    layer: int,
+    prompts: Sequence[PromptTokens],
+    max_norm: float,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> list[StoredPrompt]:
+    """Run the layers up to `layer` once over every prompt with its answer.
+
+    Args:
+        max_norm: residual norm above which a token is a sink.
+        progress: called with the number of prompts done since the last call.
+    """
+    sequences = [[*p.prompt_ids, *p.answer_ids] for p in prompts]
+    stored: dict[int, StoredPrompt] = {}
+    for indices in length_batches([len(ids) for ids in sequences], batch):
+        z = lm.lower(pad_batch([sequences[i] for i in indices]), layer)
+        for row, index in enumerate(indices):
+            own = z[row, : len(sequences[index])].clone()
+            sinks = own.float().norm(dim=-1) > max_norm
+            stored[index] = StoredPrompt(prompts[index], own, sinks)
+        if progress is not None:
+            progress(len(indices))
+    return [stored[index] for index in range(len(prompts))]
+
+
+def predictions(
+    lm: LanguageModel,
+    layer: int,
+    prompts: Sequence[StoredPrompt],
+    residuals: Sequence[Tensor],
+    batch: int = 32,
+) -> list[Tensor]:
+    """Greedy tokens under teacher forcing at the positions that predict the answer.
+
+    Args:
+        prompts: whose answers are scored.
+        residuals: z of each prompt as it shall run, [P + A, d]: plain or with edited rows.
+
+    Returns:
+        per prompt [A] int64: the argmax at e, …, e + A − 1.
+    """
+    found: dict[int, Tensor] = {}
+    for indices in length_batches([len(z) for z in residuals], batch):
+        hidden = run_upper(lm, layer, [residuals[i] for i in indices])
+        for row, index in enumerate(indices):
+            tokens = prompts[index].tokens
+            start, count = tokens.edit_from, len(tokens.answer_ids)
+            found[index] = lm.logits(hidden[row, start : start + count]).argmax(-1).cpu()
+    return [found[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def run_upper(lm: LanguageModel, layer: int, residuals: Sequence[Tensor]) -> Tensor:
+    """Final hidden states of several sequences, right-padded: list of [S, d] → [B, max S, d]."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
+    return lm.upper(padded, layer)
