@@ -62,7 +62,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if text.lstrip().startswith("["):
         yield from _array_records(path, text)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): a fact may hold U+2028 and the like.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -98,7 +99,10 @@ def _fact(record: dict[str, Any], where: str) -> Fact:
         fact = _own(record, where)
     else:
         raise MicroEditError(f"{where}: needs the fields 'prompt' and 'target'")
-    for name, text in (("prompt", fact.prompt), ("target", fact.target)):
+    texts = [("prompt", fact.prompt), ("target", fact.target)]
+    texts += [("paraphrase", paraphrase) for paraphrase in fact.paraphrases]
+    texts += [("locality prompt", probe.prompt) for probe in fact.locality]
+    for name, text in texts:
         if not text.strip():
             raise MicroEditError(f"{where}: the {name} is empty; fill it in or drop the line")
     return fact
@@ -111,6 +115,10 @@ def _text(record: dict[str, Any], key: str, where: str, default: str | None = No
     return value
 
 
+def _subject(record: dict[str, Any], where: str) -> str | None:
+    return None if record.get("subject") is None else _text(record, "subject", where)
+
+
 def _zsre(record: dict[str, Any], where: str) -> Fact:
     locality: tuple[Probe, ...] = ()
     if record.get("loc"):
@@ -118,7 +126,7 @@ def _zsre(record: dict[str, Any], where: str) -> Fact:
     return Fact(
         prompt=_text(record, "src", where),
         target=_text(record, "alt", where),
-        subject=record.get("subject"),
+        subject=_subject(record, where),
         paraphrases=(_text(record, "rephrase", where),) if record.get("rephrase") else (),
         locality=locality,
     )
@@ -137,7 +145,7 @@ def _counterfact(record: dict[str, Any], where: str) -> Fact:
     return Fact(
         prompt=_text(record, "prompt", where),
         target=_text(record, "target_new", where),
-        subject=record.get("subject"),
+        subject=_subject(record, where),
         paraphrases=(_text(record, "rephrase_prompt", where),) if rephrase else (),
         locality=locality,
     )
@@ -150,13 +158,10 @@ def _own(record: dict[str, Any], where: str) -> Fact:
     locality = record.get("locality", [])
     if not isinstance(locality, list):
         raise MicroEditError(f"{where}: 'locality' must be a list of prompts")
-    subject = record.get("subject")
-    if subject is not None and not isinstance(subject, str):
-        raise MicroEditError(f"{where}: 'subject' must be a string")
     return Fact(
         prompt=_text(record, "prompt", where),
         target=_text(record, "target", where),
-        subject=subject,
+        subject=_subject(record, where),
         paraphrases=tuple(paraphrases),
         locality=tuple(_probe(item, where) for item in locality),
     )
