@@ -221,3 +221,7 @@ def running(model: Path, **arguments: Any) -> Iterator[Any]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiled: starts an engine that compiles for minutes")
