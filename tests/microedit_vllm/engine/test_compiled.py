@@ -1,7 +1,7 @@
 """The same under torch.compile; minutes of compiling, so `-m "not compiled"` leaves it out."""
 
 import pytest
-from conftest import EDITED, UNRELATED, running
+from synthetic import EDITED, UNRELATED, running
 from test_offline import ARD_NOISE, MIXED, OFF, generate, token_ids
 
 from microedit_vllm.engine import decisions

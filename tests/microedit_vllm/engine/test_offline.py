@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import EDITED, OTHER, UNRELATED, running
+from synthetic import EDITED, OTHER, UNRELATED, running
 
 from microedit_vllm.engine import decisions
 

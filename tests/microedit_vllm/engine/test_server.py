@@ -11,8 +11,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import EDITED, ENGINE_ARGS, UNRELATED, change_manifest
 from safetensors.torch import load_file, save_file
+from synthetic import EDITED, ENGINE_ARGS, UNRELATED, change_manifest
 
 from microedit_trainer.demo.server import VllmServer
 

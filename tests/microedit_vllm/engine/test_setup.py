@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import LAYER, change_manifest
+from synthetic import LAYER, change_manifest
 
 from microedit_vllm.config import ServingConfig
 from microedit_vllm.errors import MicroEditError
