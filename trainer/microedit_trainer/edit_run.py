@@ -49,9 +49,8 @@ class EditSettings:
         scope: which tokens the switch scores.
         layer: decoder layer; None takes the one that the SAE was trained on.
         tau: fixes τ instead of calibrating it.
-        near_rate: share of the held-out prompts that may switch on.
-        swapped_rate: share of the facts' prompts with another fact's subject that may; these are
-            the hardest, both halves being edited.
+        near_rate: share of the near calibration prompts that may switch on: the held-out ones, and
+            the facts' own wordings about another subject.
         contexts: contexts that the facts are trained in; None takes all the model has.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
     """
@@ -61,7 +60,6 @@ class EditSettings:
     layer: int | None = None
     tau: float | None = None
     near_rate: float = 0.03
-    swapped_rate: float = 0.15
     contexts: tuple[ContextName, ...] | None = None
     hold_out: Sequence[Fact] = field(default=())
 
@@ -265,7 +263,10 @@ class EditRun:
                 "held_out": NearPrompts(
                     ards([f.prompt for f in self.settings.hold_out]), self.settings.near_rate
                 ),
-                "swapped": NearPrompts(ards(swap_subjects(facts)), self.settings.swapped_rate),
+                "swapped": NearPrompts(
+                    ards(swap_subjects(facts, unedited_subjects(self.settings.hold_out))),
+                    self.settings.near_rate,
+                ),
             },
         )
 
@@ -295,8 +296,17 @@ class EditRun:
 
 def ordinary_lines() -> list[str]:
     """Everyday prompts that ship with the trainer: passages, questions, requests, code."""
-    text = files("microedit_trainer").joinpath("data/ordinary_prompts.txt").read_text()
-    return [line for line in text.splitlines() if line.strip()]
+    return _shipped_lines("ordinary_prompts.txt")
+
+
+def unedited_subjects(others: Sequence[Fact]) -> list[str]:
+    """What else a fact's wording could be about: other records' subjects, else shipped names."""
+    return [f.subject for f in others if f.subject] or _shipped_lines("subjects.txt")
+
+
+def _shipped_lines(name: str) -> list[str]:
+    text = files("microedit_trainer").joinpath("data", name).read_text(encoding="utf-8")
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def prompt_digest(prompt: str) -> str:

@@ -95,8 +95,8 @@ class Scores:
         rel, gen: share of answer tokens right, on the edited prompts and on their paraphrases.
         rel_exact: share of edited prompts with every answer token right.
         loc, near: share of answer tokens unchanged, on locality prompts and on other prompts of
-            the same kind as the edited ones; near_swapped: on the edited prompts with another
-            fact's subject.
+            the same kind as the edited ones; near_swapped: on the edited prompts with one of
+            their subjects.
         fire_*: share of prompts whose switch is on.
     """
 
@@ -143,7 +143,8 @@ def evaluate(
     gen, _ = _accuracy(paraphrased, gen_outcomes)
     loc, fire_loc = _agreement(engine, [render(*_probe(p)) for f in facts for p in f.locality])
     near, fire_near = _agreement(engine, [render(f.prompt, f.target) for f in others])
-    swapped = [render(p, facts[0].target) for p in swap_subjects(facts)]
+    subjects = [other.subject for other in others if other.subject]
+    swapped = [render(p, facts[0].target) for p in swap_subjects(facts, subjects)]
     near_swapped, fire_swapped = _agreement(engine, swapped)
     assert rel is not None and rel_exact is not None
     return Scores(

@@ -9,7 +9,7 @@ CounterFact and SelfCheckGPT (`prompt`, `target_new`, `rephrase_prompt`, `locali
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,16 @@ def _text(record: dict[str, Any], key: str, where: str, default: str | None = No
     value = record.get(key, default)
     if not isinstance(value, str):
         raise MicroEditError(f"{where}: {key!r} must be a string")
+    _check_encodable(value, where)
     return value
+
+
+def _check_encodable(text: str, where: str) -> None:
+    """JSON can spell half a character (\\ud800), which no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MicroEditError(f"{where}: text that is not valid Unicode ({error.reason})") from error
 
 
 def _subject(record: dict[str, Any], where: str) -> str | None:
@@ -155,6 +164,8 @@ def _own(record: dict[str, Any], where: str) -> Fact:
     paraphrases = record.get("paraphrases", [])
     if not isinstance(paraphrases, list) or not all(isinstance(p, str) for p in paraphrases):
         raise MicroEditError(f"{where}: 'paraphrases' must be a list of strings")
+    for paraphrase in paraphrases:
+        _check_encodable(paraphrase, where)
     locality = record.get("locality", [])
     if not isinstance(locality, list):
         raise MicroEditError(f"{where}: 'locality' must be a list of prompts")
@@ -169,7 +180,7 @@ def _own(record: dict[str, Any], where: str) -> Fact:
 
 def _probe(item: Any, where: str) -> Probe:
     if isinstance(item, str):
-        return Probe(item, "")
+        item = {"prompt": item}
     record = _object(item, where)
     return Probe(_text(record, "prompt", where), _text(record, "answer", where, ""))
 
@@ -193,20 +204,21 @@ def find_conflicts(facts: Sequence[Fact]) -> dict[int, list[str]]:
     return dict(notes)
 
 
-def swap_subjects(facts: Sequence[Fact]) -> list[str]:
-    """Prompts of the same relation about another fact's subject: what must not switch on.
+def swap_subjects(facts: Sequence[Fact], subjects: Sequence[str]) -> list[str]:
+    """The facts' own prompts about something that was not edited: what must not switch on.
 
-    Each fact that names a subject occurring in its prompt gets the next fact's subject instead.
+    Args:
+        subjects: what to ask about instead, taken in turn.
+
+    Returns:
+        one prompt for each fact that names a subject occurring in its prompt.
     """
-    named = [f for f in facts if f.subject and f.subject in f.prompt]
-    swapped = []
-    for fact, other in zip(named, [*named[1:], *named[:1]], strict=True):
-        assert fact.subject and other.subject
-        if other.subject.casefold() not in fact.prompt.casefold():
-            swapped.append(fact.prompt.replace(fact.subject, other.subject))
-    return swapped
-
-
-def without_locality(fact: Fact) -> Fact:
-    """The fact alone, as an edit set keeps it."""
-    return replace(fact, locality=())
+    known = {fact.subject.casefold() for fact in facts if fact.subject}
+    free = [s for s in subjects if s.casefold() not in known]
+    named = [(f.prompt, f.subject) for f in facts if f.subject and f.subject in f.prompt]
+    if not free:
+        return []
+    return [
+        prompt.replace(subject, free[index % len(free)])
+        for index, (prompt, subject) in enumerate(named)
+    ]

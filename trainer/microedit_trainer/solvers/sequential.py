@@ -91,7 +91,7 @@ class SequentialSolver:
         for _ in range(self.steps_edit):
             z_hat, ard = reconstruct()
             loss = self._edit_loss(problem, prompt, where[inside], z_hat[inside])
-            if float(loss) < self.learnt:
+            if float(loss.detach()) < self.learnt:
                 break
             _step(optimizer, ard + loss)
         return rows, values.detach()
