@@ -121,8 +121,8 @@ def find_turn_markers(tokenizer: Any) -> TurnMarkers | None:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception:  # a template may refuse any conversation; jinja errors have no common base
         return None
-    head, rest = text.split(words[0], 1)
-    between, tail = rest.split(words[1], 1)[1].split(words[2], 1)
+    head, _, rest = text.partition(words[0])
+    between, _, tail = rest.partition(words[1])[2].partition(words[2])
     marker = _common_ending(head, between)
     ids = [tokenizer(part, add_special_tokens=False).input_ids for part in (marker, tail)]
     return TurnMarkers(start=ids[0], end=ids[1]) if all(ids) else None

@@ -121,8 +121,12 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output logits: [N, d] final hidden states → [N, vocabulary], fp32."""
+        config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden).float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        # Cohere multiplies, Granite divides, Gemma caps.
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
     @contextmanager
