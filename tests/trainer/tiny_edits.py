@@ -34,7 +34,7 @@ JOINT = JointSolver(
     ridge=1e-3,
     ordinary_weight=0.003,
     threshold_quantile=0.0,
-    targets=TargetSettings(steps=60, lr=0.3, penalty=0.05, learnt=0.01, batch=2),
+    targets=TargetSettings(steps=100, lr=0.3, penalty=0.05, learnt=0.01, batch=2),
 )
 SEQUENTIAL = SequentialSolver(alpha=240.0, lr=0.02, steps_rec=10, steps_edit=10, checkpoint_every=1)
 

@@ -1,0 +1,138 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from microedit_trainer.facts import Fact
+from microedit_trainer.solvers import JointSolver
+from microedit_trainer.stored_residuals import predictions
+from tests.trainer.tiny_edits import (
+    FACTS,
+    JOINT,
+    LAYER,
+    no_progress,
+    operator_of,
+    stored_prompts,
+    tiny_problem,
+)
+
+COUNTRIES = ("Norway", "Peru", "Chile", "Japan")
+
+
+def flat(problem):
+    return [prompt for fact in problem.facts for prompt in fact]
+
+
+@pytest.fixture(scope="module")
+def problem(lm, sae, tmp_path_factory):
+    return tiny_problem(lm, sae, tmp_path_factory.mktemp("joint"))
+
+
+@pytest.fixture(scope="module")
+def solution(problem):
+    return JOINT.solve(problem, no_progress)
+
+
+def test_edited_facts_switch_on_and_answer(lm, sae, problem, solution):
+    operator = operator_of(solution, sae)
+    prompts = flat(problem)
+    ards = [float(operator.ard(*operator.distances(p.z[p.scored]))) for p in prompts]
+    assert max(ards) < 0.6
+    residuals = []
+    for prompt in prompts:
+        z = prompt.z.clone()
+        z[prompt.edited] = operator.edited(z[prompt.edited])
+        residuals.append(z)
+    answers = predictions(lm, LAYER, prompts, residuals)
+    assert [tuple(a.tolist()) for a in answers] == [p.tokens.answer_ids for p in prompts]
+
+
+def test_ordinary_tokens_are_reconstructed_as_before(sae, problem, solution):
+    """Half a token's weight in 1,300: the mean over ordinary text stays about 1."""
+    dist, dist0 = operator_of(solution, sae).distances(problem.ordinary)
+    assert float(dist.sum() / dist0.sum()) > 0.75
+
+
+def test_the_solution_says_how_it_is_served(problem, solution, sae):
+    assert (solution.placement, solution.activation) == ("delta", "threshold")
+    assert solution.theta > 0
+    z = torch.cat([p.z[p.edited] for p in flat(problem)])
+    kth = sae.encode(z)[0][:, -1]
+    assert solution.theta == pytest.approx(float(kth.min()))  # the quantile is 0 here
+    # θ is below every k-th activation but the least, so that each token keeps k − 1 latents.
+    assert solution.report["least_latents"] >= sae.k - 1
+
+
+def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
+    indices = sae.encode(torch.cat([p.z[p.identifying] for p in flat(problem)]))[1]
+    assert set(solution.scoring.indices.tolist()) <= set(indices.unique().tolist())
+    for change in (solution.scoring, solution.edit):
+        assert change.values.dtype == torch.bfloat16
+        assert change.values.shape == (len(change.indices), sae.d_in)
+        assert change.indices.tolist() == sorted(set(change.indices.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("per_fact", "least", "budget"), [(6, 1, 24), (1, 30, 30)], ids=["per fact", "least"]
+)
+def test_each_change_keeps_to_the_budget(problem, solution, per_fact, least, budget):
+    solver = replace(JOINT, rows_per_fact=per_fact, least_rows=least)
+    assert solver.budget(len(problem.facts)) == budget
+    found = solver.solve(problem, no_progress)
+    for small, full in ((found.scoring, solution.scoring), (found.edit, solution.edit)):
+        assert len(small.indices) == budget < len(full.indices)
+        assert set(small.indices.tolist()) <= set(full.indices.tolist())
+    # Solved again on the rows that are left, not cut out of the larger solution.
+    kept = torch.isin(solution.scoring.indices, found.scoring.indices)
+    assert not torch.equal(solution.scoring.values[kept], found.scoring.values)
+
+
+def test_the_wording_before_the_subject_is_held(lm, sae, tmp_path):
+    """Prompts that share only the wording must not switch on by it."""
+    facts = [Fact(f"The best-known river of the land {c} is", "Zoe", c) for c in COUNTRIES]
+    problem = tiny_problem(lm, sae, tmp_path, facts, ("bare",))
+    solver = JointSolver(targets=JOINT.targets)
+    operator = operator_of(solver.solve(problem, no_progress), sae)
+
+    def share(prompt, positions) -> float:
+        dist, dist0 = operator.distances(prompt.z[positions])
+        return float(dist.sum() / dist0.sum())
+
+    for prompt in flat(problem):
+        assert len(prompt.shared) > 20
+        assert share(prompt, prompt.identifying) < 0.6
+        assert share(prompt, prompt.shared) > 0.8
+    others = [
+        replace(fact, prompt=fact.prompt.replace(fact.subject, "Wakanda"), subject="Wakanda")
+        for fact in facts[:1]
+    ]
+    edited = [float(operator.ard(*operator.distances(p.z[p.scored]))) for p in flat(problem)]
+    for (other,) in stored_prompts(lm, sae, others, ("bare",)):
+        assert share(other, other.shared) > 0.8
+        ard = float(operator.ard(*operator.distances(other.z[other.scored])))
+        assert ard > max(edited) + 0.05
+
+
+def test_progress_counts_every_prompt(problem, lm, sae, tmp_path):
+    counted = []
+    JOINT.solve(replace(problem, work_folder=tmp_path), counted.append)
+    assert sum(counted) == 2 * len(FACTS)
+    assert len(counted) == len(FACTS)  # batches of two
+
+
+def test_finished_batches_are_read_back_and_damaged_ones_solved_again(problem, solution):
+    """The module's problem has been solved before: its work folder is full."""
+    paths = sorted(problem.work_folder.glob("targets-*.safetensors"))
+    assert len(paths) == len(FACTS)
+    paths[1].write_bytes(paths[1].read_bytes()[:20])
+    again = JOINT.solve(problem, no_progress)
+    for name in ("scoring", "edit"):
+        assert torch.equal(getattr(again, name).values, getattr(solution, name).values)
+        assert torch.equal(getattr(again, name).indices, getattr(solution, name).indices)
+
+
+def test_facts_trained_in_one_context_only(lm, sae, tmp_path):
+    problem = tiny_problem(lm, sae, tmp_path, FACTS[:1], ("bare",))
+    operator = operator_of(JOINT.solve(problem, no_progress), sae)
+    (prompt,) = flat(problem)
+    assert float(operator.ard(*operator.distances(prompt.z[prompt.scored]))) < 0.6
