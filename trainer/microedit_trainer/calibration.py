@@ -42,7 +42,11 @@ class NearPrompts:
 
 
 def calibrate(
-    edited: Tensor, ordinary: Tensor, near: dict[str, NearPrompts], slack: float = 0.9
+    edited: Tensor,
+    ordinary: Tensor,
+    near: dict[str, NearPrompts],
+    slack: float = 0.9,
+    fixed: float | None = None,
 ) -> Calibration:
     """Choose the largest τ that the calibration prompts allow.
 
@@ -52,6 +56,7 @@ def calibrate(
     Args:
         edited, ordinary: ARDs, [N] fp32; +∞ where nothing could be scored.
         near: by name; a group may be empty.
+        fixed: this τ instead, with the margins and shares that it has.
     """
     bounds = [slack * _finite(ordinary.min())]
     for group in near.values():
@@ -59,7 +64,7 @@ def calibrate(
         if allowed < len(group.ards):
             # Just below the first near prompt that must stay off.
             bounds.append(_finite(group.ards.sort().values[allowed]) * (1 - 1e-6))
-    tau = max(min(bounds), 1e-6)
+    tau = max(min(bounds), 1e-6) if fixed is None else fixed
     groups = {"edited": edited, "ordinary": ordinary} | {n: g.ards for n, g in near.items()}
     groups = {name: ards for name, ards in groups.items() if len(ards)}
     return Calibration(

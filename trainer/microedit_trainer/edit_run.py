@@ -1,6 +1,7 @@
 """From a facts file to an edit set: facts → contexts → stored residuals → solver → τ → set."""
 
 import hashlib
+import math
 import platform
 import shutil
 import time
@@ -62,6 +63,11 @@ class EditSettings:
     near_rate: float = 0.03
     contexts: tuple[ContextName, ...] | None = None
     hold_out: Sequence[Fact] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Raises MicroEditError: a τ that no ARD can be compared with."""
+        if self.tau is not None and not 0 < self.tau < math.inf:
+            raise MicroEditError(f"tau is {self.tau}; it must be a positive number")
 
 
 class EditRun:
@@ -182,7 +188,7 @@ class EditRun:
         draft = self._draft(facts, problem, solution, out)
         engine = TorchEngine.build(self.lm, EditOperator.build(draft, self.sae))
         calibration = self._calibrate(engine, facts)
-        manifest = _with_tau(draft.manifest, calibration, self.settings.tau)
+        manifest = _with_tau(draft.manifest, calibration)
         operator = EditOperator.build(replace(draft, manifest=manifest), self.sae)
         lines = self._fact_lines(replace(engine, operator=operator), facts)
         scores = {
@@ -217,7 +223,7 @@ class EditRun:
             facts=len(facts),
             decision=Decision(
                 statistic="relative" if relative else "absolute",
-                tau=settings.tau or 1.0,
+                tau=1.0,  # until it is calibrated
                 alpha=None if relative else float(solver["alpha"]),
                 scope=settings.scope,
                 turn=self.contexts.turn,
@@ -268,6 +274,7 @@ class EditRun:
                     self.settings.near_rate,
                 ),
             },
+            fixed=self.settings.tau,
         )
 
     def _fact_lines(self, engine: TorchEngine, facts: Sequence[Fact]) -> list[dict[str, Any]]:
@@ -284,7 +291,7 @@ class EditRun:
             for index, fact in enumerate(facts)
         ]
         for name in self.context_names:
-            suffix = "" if name == "bare" else f"_{name}"
+            suffix = "" if name == self.context_names[0] else f"_{name}"
             prompts = [self.contexts.render(name, f.prompt, f.target) for f in facts]
             outcomes = engine.edited(prompts)
             for line, prompt, outcome in zip(lines, prompts, outcomes, strict=True):
@@ -324,9 +331,9 @@ def _layer(lm: LanguageModel, sae: SparseAutoencoder, layer: int | None) -> int:
     return chosen
 
 
-def _with_tau(manifest: Manifest, calibration: Calibration, fixed: float | None) -> Manifest:
+def _with_tau(manifest: Manifest, calibration: Calibration) -> Manifest:
     found = {
-        "tau": fixed or calibration.tau,
+        "tau": calibration.tau,
         "margin_edited": calibration.margin_edited,
         "margin_unrelated": calibration.margin_unrelated,
     }

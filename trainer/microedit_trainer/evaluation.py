@@ -166,7 +166,7 @@ def evaluate(
 
 def _probe(probe: Probe) -> tuple[str, str]:
     """A probe without an answer is scored over its next token alone."""
-    return probe.prompt, probe.answer or "the"
+    return probe.prompt, probe.answer.strip() or "the"
 
 
 def _accuracy(
