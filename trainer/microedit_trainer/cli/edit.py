@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from microedit_trainer.cli.progress import counting
@@ -68,7 +69,7 @@ def edit(
     else:
         options = {"lr": lr, "steps_rec": steps_rec, "steps_edit": steps_edit}
         given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-        distance = alpha or encoder.report.get("mean_distance")
+        distance = encoder.report.get("mean_distance") if alpha is None else alpha
         if distance is None:
             raise MicroEditError("the SAE folder does not state its mean ‖ẑ−z‖²; give --alpha")
         chosen = SequentialSolver(alpha=float(distance), position=position.value, **given)
@@ -109,6 +110,6 @@ def _report(console: Console, edit_set: "EditSet", out: Path) -> None:
         table.add_row(name, value)
     console.print(table)
     for fact in off[:10]:
-        console.print(f"[yellow]does not switch on:[/] {fact['prompt']}")
+        console.print(f"[yellow]does not switch on:[/] {escape(fact['prompt'])}")
     for prompt, note in notes[:20]:
-        console.print(f"[yellow]{note}:[/] {prompt}")
+        console.print(f"[yellow]{note}:[/] {escape(prompt)}")

@@ -55,12 +55,15 @@ def evaluate(
     edit_set = EditSet.load(edits)
     records = read_facts(data)
     facts = records[: limit or edit_set.manifest.facts]
-    known = {fact["prompt"] for fact in edit_set.facts}
-    used = set(edit_set.manifest.hyperparameters.get("held_out", []))
+    # Any JSON may stand there: neither is checked when a set is loaded.
+    known = {str(fact.get("prompt")) for fact in edit_set.facts}
+    held_out = edit_set.manifest.hyperparameters.get("held_out")
+    used = set(map(str, held_out)) if isinstance(held_out, list) else set()
     rest = read_facts(near) if near else records[len(facts) :]
     others = [f for f in rest if f.prompt not in known and prompt_digest(f.prompt) not in used]
     lm = LanguageModel.load(model, dtype)
     edit_set.check_model(fingerprint_model(lm.folder), model)
+    lm.check_layer(edit_set.manifest.layer)
     decision = edit_set.manifest.decision
     contexts = Contexts(lm.tokenizer, decision.scope, decision.turn, lm.max_length)
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ Encoder and model are frozen. Each fact trains only the decoder rows that its to
 (Eq. 15, 16): they are gathered, trained with a fresh Adam, and put back.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from microedit_trainer.solvers.resume import read_checkpoint, write_checkpoint
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
+from microedit_vllm.errors import MicroEditError
 
 CHECKPOINT = "sequential.safetensors"
 
@@ -42,6 +44,12 @@ class SequentialSolver:
     position: Literal["decision", "sequence"] = "decision"
     checkpoint_every: int = 10
     name: Literal["sequential"] = "sequential"
+
+    def __post_init__(self) -> None:
+        """Raises MicroEditError: numbers that no run can have."""
+        for name in ("alpha", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
 
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
