@@ -2,6 +2,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from microedit_trainer.contexts import (
     Contexts,
@@ -47,6 +48,19 @@ def test_in_chat_exactly_the_users_words_are_scored(contexts, context, words):
     tokens = contexts.render(context, words, "Zoe")
     start, stop = tokens.scored
     assert contexts.tokenizer.decode(tokens.prompt_ids[start:stop]) == words
+
+
+def test_the_start_token_is_the_tokenizers_bare_and_the_templates_in_chat():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    contexts = Contexts.build(tokenizer, Scope(last=None), 4096)
+    bare, chat = (contexts.render(name, WORDS, "Zoe") for name in ("bare", "chat"))
+    assert tokenizer.decode(bare.prompt_ids) == f"<|endoftext|>{WORDS}"
+    assert tokenizer.decode(chat.prompt_ids).startswith("<|im_start|>user")
+    assert tokenizer.decode(bare.answer_ids) == " Zoe"
+    assert tokenizer.decode(chat.answer_ids) == "Zoe"
 
 
 def test_the_long_context_stands_behind_a_system_prompt(contexts):

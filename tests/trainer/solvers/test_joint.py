@@ -6,6 +6,7 @@ import torch
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers import JointSolver
 from microedit_trainer.stored_residuals import predictions
+from microedit_vllm.artifact import DecoderChange
 from tests.trainer.tiny_edits import (
     FACTS,
     JOINT,
@@ -75,7 +76,7 @@ def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
 @pytest.mark.parametrize(
     ("per_fact", "least", "budget"), [(6, 1, 24), (1, 30, 30)], ids=["per fact", "least"]
 )
-def test_each_change_keeps_to_the_budget(problem, solution, per_fact, least, budget):
+def test_each_change_keeps_to_the_budget(problem, solution, sae, per_fact, least, budget):
     solver = replace(JOINT, rows_per_fact=per_fact, least_rows=least)
     assert solver.budget(len(problem.facts)) == budget
     found = solver.solve(problem, no_progress)
@@ -84,7 +85,10 @@ def test_each_change_keeps_to_the_budget(problem, solution, per_fact, least, bud
         assert set(small.indices.tolist()) <= set(full.indices.tolist())
     # Solved again on the rows that are left, not cut out of the larger solution.
     kept = torch.isin(solution.scoring.indices, found.scoring.indices)
-    assert not torch.equal(solution.scoring.values[kept], found.scoring.values)
+    cut = DecoderChange(found.scoring.indices, solution.scoring.values[kept])
+    z = torch.cat([p.z[p.identifying] for p in flat(problem)])
+    error = operator_of(found, sae).distances(z)[0].sum()
+    assert error < 0.99 * operator_of(replace(found, scoring=cut), sae).distances(z)[0].sum()
 
 
 def test_the_wording_before_the_subject_is_held(lm, sae, tmp_path):
@@ -111,6 +115,17 @@ def test_the_wording_before_the_subject_is_held(lm, sae, tmp_path):
         assert share(other, other.shared) > 0.8
         ard = float(operator.ard(*operator.distances(other.z[other.scored])))
         assert ard > max(edited) + 0.05
+
+
+def test_the_wording_is_held_by_its_own_tokens(lm, sae, tmp_path):
+    """With no ordinary tokens beside them: those before the subject must do it alone."""
+    facts = [Fact(f"The best-known river of the land {c} is", "Zoe", c) for c in COUNTRIES]
+    problem = tiny_problem(lm, sae, tmp_path, facts, ("bare",))
+    problem = replace(problem, ordinary=problem.ordinary[:1])
+    solution = JointSolver(targets=JOINT.targets, ordinary_weight=10.0).solve(problem, no_progress)
+    for prompt in flat(problem):
+        dist, dist0 = operator_of(solution, sae).distances(prompt.z[prompt.shared])
+        assert float(dist.sum() / dist0.sum()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_progress_counts_every_prompt(problem, lm, sae, tmp_path):

@@ -128,6 +128,14 @@ def test_facts_are_edited_one_after_the_other(lm, sae, solve, tmp_path):
     assert all_rows.tolist() == torch.cat([rows, theirs]).unique().tolist()
 
 
+def test_a_fact_goes_on_from_where_those_before_it_left_the_rows(problem, solve):
+    twice = replace(problem, facts=[*problem.facts, *problem.facts])
+    solver = replace(SEQUENTIAL, steps_rec=8, steps_edit=0)
+    once, _ = solve(solver)
+    again, _ = solve(solver, twice)
+    assert ard(problem, again) < 0.95 * ard(problem, once)
+
+
 def test_sequence_puts_z_hat_in_the_prompt_too(problem, solve, monkeypatch):
     ((prompt,),) = problem.facts
     seen = []
