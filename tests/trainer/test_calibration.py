@@ -13,7 +13,7 @@ INF = math.inf
 
 
 def test_tau_keeps_its_distance_from_the_nearest_ordinary_prompt():
-    found = calibrate(torch.tensor([0.1, 0.2]), torch.tensor([1.5, 1.2, 3.0]), {})
+    found = calibrate(torch.tensor([0.1, 0.2]), torch.tensor([1.5, 1.2, 3.0]), {}, slack=0.9)
     assert found.tau == pytest.approx(0.9 * 1.2)
     assert found.margin_unrelated == pytest.approx(0.1 * 1.2)
     assert found.margin_edited == pytest.approx(found.tau - 0.199)
@@ -36,11 +36,13 @@ def test_the_strictest_group_decides():
 
 def test_a_group_that_may_switch_on_altogether_bounds_nothing():
     group = NearPrompts(torch.tensor([0.01, 0.02]), 1.0)
-    assert calibrate(torch.ones(1), torch.ones(1), {"n": group}).tau == pytest.approx(0.9)
+    assert calibrate(torch.ones(1), torch.ones(1), {"n": group}, slack=0.9).tau == pytest.approx(
+        0.9
+    )
 
 
 def test_an_empty_group_is_not_reported():
-    found = calibrate(torch.ones(1), torch.ones(1), {"n": NearPrompts(NOTHING, 0.0)})
+    found = calibrate(torch.ones(1), torch.ones(1), {"n": NearPrompts(NOTHING, 0.0)}, slack=0.9)
     assert found.tau == pytest.approx(0.9)
     assert "n" not in found.prompts
     assert "n" not in found.fires
@@ -49,7 +51,7 @@ def test_an_empty_group_is_not_reported():
 def test_prompts_without_scored_tokens_leave_finite_figures():
     """+∞ is what a prompt has that is too short to be scored; JSON cannot hold it."""
     near = {"n": NearPrompts(torch.tensor([INF, INF]), 0.0)}
-    found = calibrate(torch.tensor([0.2, INF]), torch.tensor([INF]), near)
+    found = calibrate(torch.tensor([0.2, INF]), torch.tensor([INF]), near, slack=0.9)
     assert found.tau == pytest.approx(0.9 * LARGE)
     assert found.fires == {"edited": 0.5, "ordinary": 0.0, "n": 0.0}
     json.dumps(found.to_json(), allow_nan=False)
@@ -60,7 +62,7 @@ def test_tau_stays_positive_where_an_ordinary_prompt_is_reconstructed_exactly():
 
 
 def test_edited_prompts_that_stay_off_show_in_the_margin():
-    found = calibrate(torch.full((10,), 2.0), torch.tensor([1.0]), {})
+    found = calibrate(torch.full((10,), 2.0), torch.tensor([1.0]), {}, slack=0.9)
     assert found.margin_edited == pytest.approx(0.9 - 2.0)
     assert found.fires["edited"] == 0.0
 
