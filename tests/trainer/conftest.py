@@ -1,5 +1,7 @@
 """A tiny model with an SAE trained on its ordinary prompts: once per session, in two seconds."""
 
+from contextlib import chdir
+
 import pytest
 
 from microedit_trainer.edit_run import ordinary_lines
@@ -19,12 +21,13 @@ def lm(tmp_path_factory) -> LanguageModel:
 @pytest.fixture(scope="session")
 def sae_folder(lm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sae")
-    text = folder / "text.txt"
-    text.write_text("\n".join(ordinary_lines()))
+    (folder / "text.txt").write_text("\n".join(ordinary_lines()))
     settings = SaeSettings(
-        layer=LAYER, width=512, k=8, text=(str(text),), tokens=9000, steps=200, batch=256
+        layer=LAYER, width=512, k=8, text=("text.txt",), tokens=9000, steps=200, batch=256
     )
-    train_sae(lm, settings, folder / "sae")
+    # By a relative name: a source's name is part of what its text is shuffled by.
+    with chdir(folder):
+        train_sae(lm, settings, folder / "sae")
     return folder / "sae"
 
 

@@ -82,12 +82,13 @@ def test_the_set_is_one_that_a_server_takes(made, lm, sae, sae_folder):
 
 
 def test_no_ordinary_prompt_switches_on(made):
-    _, out = made
+    name, out = made
     scores = EditSet.load(out).manifest.scores
     calibration = scores["calibration"]
     assert calibration["fires"]["ordinary"] == 0.0
     assert calibration["prompts"]["ordinary"] == 2 * len(ordinary_lines()[1::2])
-    assert calibration["fires"]["swapped"] <= 0.03
+    if name == "joint":
+        assert calibration["fires"]["swapped"] <= 0.03
 
 
 def test_jointly_edited_facts_switch_on_and_answer_in_both_contexts(lm, sae, sae_folder, tmp_path):
