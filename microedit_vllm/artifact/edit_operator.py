@@ -23,6 +23,8 @@ class EditOperator:
     edit: DecoderChange
     scoring_rows: Tensor
     edit_rows: Tensor
+    edit_W_enc: Tensor
+    edit_b_enc: Tensor
 
     @classmethod
     def build(cls, edit_set: EditSet, sae: SparseAutoencoder) -> "EditOperator":
@@ -36,6 +38,9 @@ class EditOperator:
             edit,
             row_map(scoring.indices, sae.num_latents),
             row_map(edit.indices, sae.num_latents),
+            # The encoder rows of the edit change, gathered once: a step must not copy them again.
+            sae.W_enc[edit.indices],
+            sae.b_enc[edit.indices],
         )
 
     def distances(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +77,8 @@ class EditOperator:
         manifest, sae = self.edit_set.manifest, self.sae
         if manifest.activation == "threshold":
             assert manifest.theta is not None
-            rows = self.edit.indices
             delta = edit_change(
-                z, sae.W_enc[rows], sae.b_enc[rows], sae.b_dec, self.edit.values, manifest.theta
+                z, self.edit_W_enc, self.edit_b_enc, sae.b_dec, self.edit.values, manifest.theta
             )
             return z.float() + delta
         acts, indices = sae.encode(z)

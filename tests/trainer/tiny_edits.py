@@ -10,6 +10,7 @@ from microedit_trainer.edit_run import ordinary_lines
 from microedit_trainer.facts import Fact
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers import EditProblem, JointSolver, SequentialSolver, Solution
+from microedit_trainer.solvers.joint import RidgeSettings
 from microedit_trainer.solvers.targets import TargetSettings
 from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
 from microedit_vllm.artifact import (
@@ -31,9 +32,8 @@ FACTS = (
 )
 # A random model resists more than a trained one: larger steps, weaker brakes.
 JOINT = JointSolver(
-    ridge=1e-3,
-    ordinary_weight=0.003,
-    threshold_quantile=0.0,
+    scoring=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
+    edit=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
     targets=TargetSettings(steps=100, lr=0.3, penalty=0.05, learnt=0.01, batch=2),
 )
 SEQUENTIAL = SequentialSolver(alpha=240.0, lr=0.02, steps_rec=10, steps_edit=10, checkpoint_every=1)

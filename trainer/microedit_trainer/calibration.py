@@ -45,7 +45,7 @@ def calibrate(
     edited: Tensor,
     ordinary: Tensor,
     near: dict[str, NearPrompts],
-    slack: float = 0.9,
+    slack: float = 0.97,
     fixed: float | None = None,
 ) -> Calibration:
     """Choose the largest τ that the calibration prompts allow.

@@ -50,9 +50,11 @@ class EditSettings:
         scope: which tokens the switch scores.
         layer: decoder layer; None takes the one that the SAE was trained on.
         tau: fixes τ instead of calibrating it.
-        near_rate: share of the near calibration prompts that may switch on: the held-out ones, and
-            the facts' own wordings about another subject.
-        contexts: contexts that the facts are trained in; None takes all the model has.
+        near_rate: share of the near calibration prompts that may switch on: the held-out ones,
+            and with the joint solver the facts' own wordings about another subject. None: 3%,
+            10% with the sequential solver.
+        contexts: contexts that the facts are trained in. None: all that the model has, the bare
+            one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
     """
 
@@ -60,7 +62,7 @@ class EditSettings:
     scope: Scope
     layer: int | None = None
     tau: float | None = None
-    near_rate: float = 0.03
+    near_rate: float | None = None
     contexts: tuple[ContextName, ...] | None = None
     hold_out: Sequence[Fact] = field(default=())
 
@@ -124,8 +126,16 @@ class EditRun:
         return len(facts) * (len(self.context_names) if joint else 1)
 
     @property
+    def near_rate(self) -> float:
+        if self.settings.near_rate is not None:
+            return self.settings.near_rate
+        return 0.03 if self.settings.solver.name == "joint" else 0.1
+
+    @property
     def context_names(self) -> tuple[ContextName, ...]:
-        return self.settings.contexts or self.contexts.names
+        if self.settings.contexts is not None:
+            return self.settings.contexts
+        return self.contexts.names if self.settings.solver.name == "joint" else ("bare",)
 
     def _render(self, fact: Fact) -> list[PromptTokens]:
         return [
@@ -236,7 +246,7 @@ class EditRun:
             hyperparameters={
                 **solver,
                 "contexts": list(self.context_names),
-                "near_rate": settings.near_rate,
+                "near_rate": self.near_rate,
                 "held_out": [prompt_digest(f.prompt) for f in settings.hold_out],
             },
             created_with={
@@ -262,18 +272,17 @@ class EditRun:
             rendered = [self.contexts.render(n, p) for p in prompts for n in names]
             return engine.ards(rendered).cpu() if rendered else torch.empty(0)
 
+        rate, held_out = self.near_rate, self.settings.hold_out
+        near = {"held_out": NearPrompts(ards([f.prompt for f in held_out]), rate)}
+        if self.settings.solver.name == "joint":
+            # The paper's solver reconstructs the whole prompt, which leaves nothing to tell a
+            # fact's wording about another subject apart.
+            swapped = swap_subjects(facts, unedited_subjects(held_out))
+            near["swapped"] = NearPrompts(ards(swapped), rate)
         return calibrate(
             edited=ards([f.prompt for f in facts]),
             ordinary=ards(ordinary_lines()[1::2]),
-            near={
-                "held_out": NearPrompts(
-                    ards([f.prompt for f in self.settings.hold_out]), self.settings.near_rate
-                ),
-                "swapped": NearPrompts(
-                    ards(swap_subjects(facts, unedited_subjects(self.settings.hold_out))),
-                    self.settings.near_rate,
-                ),
-            },
+            near=near,
             fixed=self.settings.tau,
         )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from microedit_trainer.facts import Fact
-from microedit_trainer.solvers import JointSolver
+from microedit_trainer.solvers.joint import RidgeSettings
 from microedit_trainer.stored_residuals import predictions
 from microedit_vllm.artifact import DecoderChange
 from tests.trainer.tiny_edits import (
@@ -56,12 +56,14 @@ def test_ordinary_tokens_are_reconstructed_as_before(sae, problem, solution):
 
 def test_the_solution_says_how_it_is_served(problem, solution, sae):
     assert (solution.placement, solution.activation) == ("delta", "threshold")
-    assert solution.theta > 0
+    # θ lets every edited token keep 8·k latents (but for the one that is θ itself) where it has
+    # so many that are positive.
     z = torch.cat([p.z[p.edited] for p in flat(problem)])
-    kth = sae.encode(z)[0][:, -1]
-    assert solution.theta == pytest.approx(float(kth.min()))  # the quantile is 0 here
-    # θ is below every k-th activation but the least, so that each token keeps k − 1 latents.
-    assert solution.report["least_latents"] >= sae.k - 1
+    pre = (z.float() - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    active = int((pre > solution.theta).sum(1).min())
+    assert solution.report["least_latents"] == active
+    assert active >= min(8 * sae.k - 1, int((pre > 0).sum(1).min()))
+    assert solution.theta >= 0
 
 
 def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
@@ -95,7 +97,7 @@ def test_the_wording_before_the_subject_is_held(lm, sae, tmp_path):
     """Prompts that share only the wording must not switch on by it."""
     facts = [Fact(f"The best-known river of the land {c} is", "Zoe", c) for c in COUNTRIES]
     problem = tiny_problem(lm, sae, tmp_path, facts, ("bare",))
-    solver = JointSolver(targets=JOINT.targets)
+    solver = replace(JOINT, scoring=RidgeSettings(ridge=1e-2, unchanged_weight=0.1))
     operator = operator_of(solver.solve(problem, no_progress), sae)
 
     def share(prompt, positions) -> float:
@@ -122,10 +124,11 @@ def test_the_wording_is_held_by_its_own_tokens(lm, sae, tmp_path):
     facts = [Fact(f"The best-known river of the land {c} is", "Zoe", c) for c in COUNTRIES]
     problem = tiny_problem(lm, sae, tmp_path, facts, ("bare",))
     problem = replace(problem, ordinary=problem.ordinary[:1])
-    solution = JointSolver(targets=JOINT.targets, ordinary_weight=10.0).solve(problem, no_progress)
+    held = RidgeSettings(ridge=1e-2, unchanged_weight=10.0)
+    solution = replace(JOINT, scoring=held).solve(problem, no_progress)
     for prompt in flat(problem):
         dist, dist0 = operator_of(solution, sae).distances(prompt.z[prompt.shared])
-        assert float(dist.sum() / dist0.sum()) == pytest.approx(1.0, abs=0.05)
+        torch.testing.assert_close(dist / dist0, torch.ones_like(dist), rtol=0, atol=0.05)
 
 
 def test_progress_counts_every_prompt(problem, lm, sae, tmp_path):

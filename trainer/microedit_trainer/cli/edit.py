@@ -21,6 +21,11 @@ class SolverName(StrEnum):
     sequential = "sequential"
 
 
+class TrainedIn(StrEnum):
+    bare = "bare"
+    chat = "chat"
+
+
 class Position(StrEnum):
     decision = "decision"
     sequence = "sequence"
@@ -36,11 +41,15 @@ def edit(
     hold_out: Annotated[
         Path | None, typer.Option(help="Records for calibrating τ alone; never edited.")
     ] = None,
+    context: Annotated[
+        list[TrainedIn] | None, typer.Option(help="Train in this context; repeatable.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Layer; default: the SAE's.")] = None,
     tau: Annotated[float | None, typer.Option(min=0, help="Fix τ, do not calibrate.")] = None,
     near_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of near prompts that may switch on.")
-    ] = 0.03,
+        float | None,
+        typer.Option(min=0, max=1, help="Share of near prompts that may switch on."),
+    ] = None,
     rows_per_fact: Annotated[int, typer.Option(min=1, help="joint: row budget.")] = 15,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
@@ -81,6 +90,7 @@ def edit(
         tau=tau,
         near_rate=near_rate,
         hold_out=held_out,
+        contexts=tuple(c.value for c in context) if context else None,
     )
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
     console = Console()

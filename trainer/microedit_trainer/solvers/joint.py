@@ -25,23 +25,36 @@ from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 
 
 @dataclass(frozen=True)
+class RidgeSettings:
+    """One ridge solve.
+
+    Attributes:
+        ridge: in units of the mean ‖h‖².
+        unchanged_weight: weight of the tokens that shall not change: ordinary ones, and in the
+            scoring those before a fact's subject.
+    """
+
+    ridge: float
+    unchanged_weight: float
+
+
+@dataclass(frozen=True)
 class JointSolver:
     """The default solver.
 
     Attributes:
         rows_per_fact: budget of decoder rows in each of the two changes, per fact.
         least_rows: budget of a small set; few facts still need some hundreds of rows.
-        ridge: in units of the mean ‖h‖².
-        ordinary_weight: weight of the tokens that shall not change: ordinary ones, and in the
-            scoring change those before a fact's subject.
-        threshold_quantile: θ is this quantile of the k-th activation over the edited tokens.
+        scoring: the ridge solve of the scoring change, which must not reach other prompts.
+        edit: the ridge solve of the edit change, which acts only where the switch is on.
+        latents_per_k: θ is low enough for every edited token to keep this many times k latents.
     """
 
     rows_per_fact: int = 15
     least_rows: int = 500
-    ridge: float = 1e-2
-    ordinary_weight: float = 0.1
-    threshold_quantile: float = 0.1
+    scoring: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=0.3)
+    edit: RidgeSettings = RidgeSettings(ridge=3e-3, unchanged_weight=0.03)
+    latents_per_k: int = 8
     targets: TargetSettings = field(default_factory=TargetSettings)
     name: Literal["joint"] = "joint"
 
@@ -83,6 +96,7 @@ class JointSolver:
         shared = torch.cat([p.z[p.shared] for p in prompts]).float()
         unchanged = torch.cat([problem.ordinary, shared])
         return self._solve(
+            self.scoring,
             _dense(top_acts, top_indices, sae),
             wanted,
             _dense(*sae.encode(unchanged), sae),
@@ -95,26 +109,33 @@ class JointSolver:
         """The change, θ, and how many latents the least active edited token keeps."""
         sae = problem.sae
         z = torch.cat([p.z[p.edited] for p in _prompts(problem)]).float()
-        kth = sae.encode(z)[0][:, -1]
-        theta = float(kth.quantile(self.threshold_quantile))
-        codes = _threshold_codes(z, sae, theta)
-        ordinary = _threshold_codes(problem.ordinary, sae, theta)
-        latents = int((codes > 0).sum(1).min())
-        return (
-            self._solve(codes, torch.cat(list(deltas)), ordinary, len(problem.facts)),
-            theta,
-            latents,
+        pre = pre_acts(z, sae.W_enc, sae.b_enc, sae.b_dec)
+        latents = min(self.latents_per_k * sae.k, sae.num_latents // 2)
+        theta = max(0.0, float(pre.topk(latents, dim=-1).values[:, -1].min()))
+        codes = threshold_acts(pre, theta)
+        ordinary = threshold_acts(
+            pre_acts(problem.ordinary, sae.W_enc, sae.b_enc, sae.b_dec), theta
         )
+        wanted = torch.cat(list(deltas))
+        change = self._solve(self.edit, codes, wanted, ordinary, len(problem.facts))
+        return change, theta, int((codes > 0).sum(1).min())
 
-    def _solve(self, codes: Tensor, wanted: Tensor, ordinary: Tensor, facts: int) -> DecoderChange:
+    def _solve(
+        self,
+        settings: RidgeSettings,
+        codes: Tensor,
+        wanted: Tensor,
+        unchanged: Tensor,
+        facts: int,
+    ) -> DecoderChange:
         """Ridge on all active rows, then again on the strongest within the budget."""
-        ridge = self.ridge * float(codes.square().sum(1).mean())
+        ridge = settings.ridge * float(codes.square().sum(1).mean())
+        nothing = wanted.new_zeros(len(unchanged), wanted.shape[1])
 
         def solve_on(rows: Tensor) -> Tensor:
-            unchanged = wanted.new_zeros(len(ordinary), wanted.shape[1])
             terms = [
                 Term(codes[:, rows], wanted, 1.0),
-                Term(ordinary[:, rows], unchanged, self.ordinary_weight),
+                Term(unchanged[:, rows], nothing, settings.unchanged_weight),
             ]
             return solve_ridge(terms, ridge)
 
@@ -135,7 +156,3 @@ def _prompts(problem: EditProblem) -> list[StoredPrompt]:
 def _dense(top_acts: Tensor, top_indices: Tensor, sae: SparseAutoencoder) -> Tensor:
     codes = top_acts.new_zeros(len(top_acts), sae.num_latents)
     return codes.scatter_(1, top_indices, top_acts)
-
-
-def _threshold_codes(z: Tensor, sae: SparseAutoencoder, theta: float) -> Tensor:
-    return threshold_acts(pre_acts(z, sae.W_enc, sae.b_enc, sae.b_dec), theta)

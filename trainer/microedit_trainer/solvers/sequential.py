@@ -37,7 +37,7 @@ class SequentialSolver:
     """
 
     alpha: float
-    lr: float = 1e-3
+    lr: float = 3e-4
     steps_rec: int = 30
     steps_edit: int = 60
     learnt: float = 0.05
