@@ -51,7 +51,7 @@ def tiny_manifest(sae: SparseAutoencoder, **changes) -> Manifest:
         "layer": 2,
         "solver": "joint",
         "facts": 2,
-        "decision": Decision(statistic="relative", tau=0.9, scope=Scope(), max_norm=1e4),
+        "decision": Decision(statistic="relative", tau=0.9, scope=Scope(run=8), max_norm=1e4),
         "placement": "delta",
         "activation": "threshold",
         "theta": 0.1,

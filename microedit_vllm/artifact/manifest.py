@@ -39,7 +39,7 @@ class Scope(_Part):
     the smallest ARD over runs of `run` consecutive scored tokens (0: all as one run)."""
 
     last: int | None = Field(default=64, gt=0)
-    run: int = Field(default=8, ge=0)
+    run: int = Field(default=16, ge=0)
 
     def __str__(self) -> str:
         span = "all" if self.last is None else f"last:{self.last}"

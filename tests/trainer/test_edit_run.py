@@ -24,8 +24,10 @@ from tests.builders import tiny_sae
 from tests.trainer.tiny_edits import FACTS, JOINT, LAYER, SEQUENTIAL, no_progress
 
 SETTINGS = {
-    "joint": EditSettings(JOINT, Scope()),
-    "sequential": EditSettings(SEQUENTIAL, Scope(last=None, run=0)),
+    "joint": EditSettings(JOINT, Scope(run=8)),
+    "sequential": EditSettings(
+        SEQUENTIAL, Scope(last=None, run=0), contexts=("bare", "chat")
+    ),
 }
 EDITS = "edits.safetensors"
 
@@ -88,7 +90,7 @@ def test_no_ordinary_prompt_switches_on(made):
     assert calibration["fires"]["ordinary"] == 0.0
     assert calibration["prompts"]["ordinary"] == 2 * len(ordinary_lines()[1::2])
     if name == "joint":
-        assert calibration["fires"]["swapped"] <= 0.03
+        assert calibration["fires"]["swapped"] <= 0.05
 
 
 def test_jointly_edited_facts_switch_on_and_answer_in_both_contexts(lm, sae, sae_folder, tmp_path):
@@ -272,7 +274,7 @@ def test_a_fixed_tau_is_kept_and_its_margins_are_its_own(run_of, tmp_path):
 @pytest.mark.parametrize("tau", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_tau_is_refused_at_once(tau):
     with pytest.raises(MicroEditError, match="tau"):
-        EditSettings(JOINT, Scope(), tau=tau)
+        EditSettings(JOINT, Scope(run=8), tau=tau)
 
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -71,7 +71,7 @@ def operator_of(solution: Solution, sae: SparseAutoencoder, tau: float = 0.9) ->
         sae,
         layer=LAYER,
         decision=Decision(
-            statistic="relative", tau=tau, scope=Scope(), max_norm=sae.report["max_norm"]
+            statistic="relative", tau=tau, scope=Scope(run=8), max_norm=sae.report["max_norm"]
         ),
         placement=solution.placement,
         activation=solution.activation,

@@ -51,7 +51,7 @@ class EditSettings:
         layer: decoder layer; None takes the one that the SAE was trained on.
         tau: fixes τ instead of calibrating it.
         near_rate: share of the near calibration prompts that may switch on: the held-out ones,
-            and with the joint solver the facts' own wordings about another subject. None: 3%,
+            and with the joint solver the facts' own wordings about another subject. None: 5%,
             10% with the sequential solver.
         contexts: contexts that the facts are trained in. None: all that the model has, the bare
             one with the sequential solver, which like the paper trains one prompt a fact.
@@ -129,7 +129,7 @@ class EditRun:
     def near_rate(self) -> float:
         if self.settings.near_rate is not None:
             return self.settings.near_rate
-        return 0.03 if self.settings.solver.name == "joint" else 0.1
+        return 0.05 if self.settings.solver.name == "joint" else 0.1
 
     @property
     def context_names(self) -> tuple[ContextName, ...]:

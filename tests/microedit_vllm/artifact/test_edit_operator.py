@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import tiny_edit_set, tiny_sae
 
 from microedit_vllm.artifact import Decision, EditOperator, Scope
 from microedit_vllm.errors import MicroEditError
+from tests.builders import tiny_edit_set, tiny_sae
 
 
 def dense_codes(sae, z):

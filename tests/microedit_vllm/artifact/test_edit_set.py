@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import tiny_edit_set, tiny_sae
 from safetensors.torch import load_file, save_file
 
 from microedit_vllm.artifact import EditSet, Golden
 from microedit_vllm.artifact.edit_set import relative_sae_path
 from microedit_vllm.errors import MicroEditError
+from tests.builders import tiny_edit_set, tiny_sae
 
 GOLDEN = tuple(Golden.__dataclass_fields__)
 

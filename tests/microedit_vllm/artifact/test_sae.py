@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from builders import tiny_sae
 from safetensors.torch import load_file, save_file
 
 from microedit_vllm.artifact import SparseAutoencoder
 from microedit_vllm.errors import MicroEditError
+from tests.builders import tiny_sae
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import tiny_edit_set, tiny_sae
+
+from tests.builders import tiny_edit_set, tiny_sae
 
 MICROEDIT = Path(sys.executable).with_name("microedit")
 

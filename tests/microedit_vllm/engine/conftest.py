@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import ENGINE_ENV, Residuals, make_edit_set
 
 from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
+from tests.microedit_vllm.engine.synthetic import ENGINE_ENV, Residuals, make_edit_set
 
 
 @pytest.fixture(scope="session")

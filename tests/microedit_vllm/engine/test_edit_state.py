@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import HIDDEN_SIZE, tiny_edit_set, tiny_sae
 
 from microedit_vllm.artifact import Decision, EditOperator, Scope
 from microedit_vllm.engine.edit_state import DecisionRecords, EditState
 from microedit_vllm.engine.request_plan import RequestPlan
 from microedit_vllm.engine.step_plan import RequestState, StepRequest, plan_step
+from tests.builders import HIDDEN_SIZE, tiny_edit_set, tiny_sae
 
 BLOCK, SLOTS, LENGTH = 4, 64, 20
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from synthetic import EDITED, OTHER, UNRELATED, running
 
 from microedit_vllm.engine import decisions
+from tests.microedit_vllm.engine.synthetic import EDITED, OTHER, UNRELATED, running
 
 OFF = {"microedit": "off"}
 # (prompt, options); the plain engine ignores the options.

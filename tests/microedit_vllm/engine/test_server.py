@@ -12,9 +12,9 @@ from typing import Any
 import openai
 import pytest
 from safetensors.torch import load_file, save_file
-from synthetic import EDITED, ENGINE_ARGS, UNRELATED, change_manifest
 
 from microedit_trainer.demo.server import VllmServer
+from tests.microedit_vllm.engine.synthetic import EDITED, ENGINE_ARGS, UNRELATED, change_manifest
 
 NAME = "edited"
 SERVE = [

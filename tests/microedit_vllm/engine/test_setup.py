@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 import pytest
-from synthetic import LAYER, change_manifest
 
 from microedit_vllm.config import ServingConfig
 from microedit_vllm.errors import MicroEditError
 from microedit_vllm.plugin import register
+from tests.microedit_vllm.engine.synthetic import LAYER, change_manifest
 
 
 @pytest.fixture(scope="module")

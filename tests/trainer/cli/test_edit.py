@@ -59,7 +59,7 @@ def test_the_command_writes_a_set_and_shows_it(edit, tmp_path, sae, changes):
         assert manifest.decision.alpha == sae.report["mean_distance"]
         assert str(manifest.decision.scope) == "all"
     else:
-        assert str(manifest.decision.scope) == "window:8 in last:64"
+        assert str(manifest.decision.scope) == "window:16 in last:64"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.jsonl", "set"]
 
 

@@ -39,7 +39,7 @@ def made(lm, sae, sae_folder, tmp_path_factory):
     """A folder with an edit set whose facts all switch on, its SAE, and its data file."""
     folder = tmp_path_factory.mktemp("evaluated")
     shutil.copytree(sae_folder, folder / "sae")
-    settings = EditSettings(JOINT, Scope(), tau=0.6, hold_out=HELD_OUT)
+    settings = EditSettings(JOINT, Scope(run=8), tau=0.6, hold_out=HELD_OUT)
     EditRun(lm, sae, folder / "sae", settings).edit(FACTS, folder / "set", no_progress)
     edited = [
         {

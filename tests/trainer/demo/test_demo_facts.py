@@ -66,5 +66,7 @@ def test_near_prompts_keep_the_wording_of_their_fact(facts, near):
     prompts = {fact.subject: fact.prompt for fact in facts}
     for entry in near:
         subject = entry["near_to"]
-        words = set(prompts[subject].replace(subject, "").split())
-        assert words - set(entry["prompt"].split()) <= {"?", "the"}
+        words = set(prompts[subject].replace(subject, "").split()) - {"?", "the"}
+        kept = words & set(entry["prompt"].split())
+        # Another subject may want another verb: "plays for" instead of "drives for".
+        assert len(kept) >= 0.6 * len(words)

@@ -100,7 +100,7 @@ def _cells(exchange: Exchange) -> list[Text]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()) or "(nothing)"
 
 
 def print_summary(console: Console, summary: Summary) -> None:

@@ -30,6 +30,7 @@ from microedit_trainer.sae import SaeSettings, train_sae
 from microedit_trainer.server_engine import ServerEngine
 from microedit_trainer.solvers import JointSolver
 from microedit_vllm.artifact import EditSet, Scope, SparseAutoencoder
+from microedit_vllm.errors import MicroEditError
 
 SAE = SaeSettings(
     layer=26,
@@ -103,6 +104,8 @@ def _link(link: Path, folder: Path) -> Path:
     """`link` → `folder`, so that the README's commands can be typed as they stand."""
     if link.is_symlink():
         link.unlink()
+    elif link.exists():
+        raise MicroEditError(f"{link} is in the way; move it, or give the demo another --out")
     link.symlink_to(folder, target_is_directory=True)
     return link
 
