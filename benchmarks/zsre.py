@@ -11,7 +11,6 @@ import json
 import resource
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class Bench:
         for name in contexts:
             scores = evaluate(engine, rendering, facts, self.records[NEAR], name)  # type: ignore[arg-type]
             found[name] = {k: v for k, v in scores.to_json().items() if isinstance(v, float)}
-        if self.text is not None:
+        if self.text is not None and len(facts) > 1:
             prompts = ordinary_prompts(rendering, self.text)
             ards = engine.ards(prompts)
             found["ordinary_fires"] = int((ards <= decision.tau).sum())
@@ -87,7 +86,7 @@ def sequential(bench: Bench, sizes: list[int], solver: SequentialSolver) -> list
         parts = []
         for facts in singles:
             edit_set, seconds = bench.edit(solver, scope, facts)
-            found = bench.score(replace(edit_set), facts, ["bare"])
+            found = bench.score(edit_set, facts, ["bare"])
             parts.append(_row("sequential", size, edit_set, seconds, found))
         rows.append(_mean(parts))
     return rows

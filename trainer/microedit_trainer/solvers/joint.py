@@ -52,7 +52,7 @@ class JointSolver:
 
     rows_per_fact: int = 15
     least_rows: int = 500
-    scoring: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=0.3)
+    scoring: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=1.0)
     edit: RidgeSettings = RidgeSettings(ridge=3e-3, unchanged_weight=0.03)
     latents_per_k: int = 8
     targets: TargetSettings = field(default_factory=TargetSettings)
