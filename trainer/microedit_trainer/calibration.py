@@ -45,20 +45,23 @@ def calibrate(
     edited: Tensor,
     ordinary: Tensor,
     near: dict[str, NearPrompts],
+    ordinary_rate: float = 0.0,
     slack: float = 0.97,
     fixed: float | None = None,
 ) -> Calibration:
     """Choose the largest τ that the calibration prompts allow.
 
-    No ordinary prompt may switch on, with τ at most `slack` × the smallest ARD among them; of
-    each group of near prompts at most the share that it allows.
+    Of the ordinary prompts at most the share `ordinary_rate` may switch on, with τ at most
+    `slack` × the smallest ARD among the others; of each group of near prompts at most the share
+    that it allows.
 
     Args:
         edited, ordinary: ARDs, [N] fp32; +∞ where nothing could be scored.
         near: by name; a group may be empty.
         fixed: this τ instead, with the margins and shares that it has.
     """
-    bounds = [slack * _finite(ordinary.min())]
+    tolerated = int(ordinary_rate * len(ordinary))
+    bounds = [slack * _finite(ordinary.sort().values[tolerated])]
     for group in near.values():
         allowed = int(group.allowed * len(group.ards))
         if allowed < len(group.ards):

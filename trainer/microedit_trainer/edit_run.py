@@ -275,14 +275,16 @@ class EditRun:
         rate, held_out = self.near_rate, self.settings.hold_out
         near = {"held_out": NearPrompts(ards([f.prompt for f in held_out]), rate)}
         if self.settings.solver.name == "joint":
-            # The paper's solver reconstructs the whole prompt, which leaves nothing to tell a
-            # fact's wording about another subject apart.
+            # Not for the paper's solver: it reconstructs the whole prompt, which leaves nothing to
+            # tell a fact's wording about another subject apart. Its absolute ARD also spreads over
+            # ordinary prompts, so that τ cannot stay below all of them.
             swapped = swap_subjects(facts, unedited_subjects(held_out))
             near["swapped"] = NearPrompts(ards(swapped), rate)
         return calibrate(
             edited=ards([f.prompt for f in facts]),
             ordinary=ards(ordinary_lines()[1::2]),
             near=near,
+            ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
             fixed=self.settings.tau,
         )
 
