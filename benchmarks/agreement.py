@@ -51,10 +51,12 @@ SERVE = ["--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "10
 # Opens /pause and /resume, with which a whole batch is queued before its first step.
 DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
 QUEUEING_SECONDS = 3.0
-ARD_TOLERANCE = 0.02
-LARGE_ARD = 0.1
+ARD_TOLERANCE, LARGE_ARD = 0.02, 0.1
 DECISIONS, ANSWERS = 0.99, 0.97
 CAPTION = "floor: trainer one prompt at a time (ARD, decisions), both sides without any edit"
+
+
+Step = Callable[[list[PromptTokens]], list[Tensor]]
 
 
 class Asked(NamedTuple):
@@ -91,20 +93,25 @@ def difference(first: Answer, second: Answer) -> float | None:
 
 
 def greedy(
-    step: Callable[[list[PromptTokens]], list[Tensor]], prompts: Sequence[PromptTokens], tokens: int
+    step: Step, prompts: Sequence[PromptTokens], drafts: Sequence[tuple[int, ...]], tokens: int
 ) -> list[tuple[int, ...]]:
-    """Greedy answers, token by token and without a cache, ended by the end token.
-
-    Args:
-        step: the predictions at each answer's places, as `TorchEngine` gives them.
+    """Greedy answers without a cache: a draft as far as the model says the same, the rest token
+    by token. `step` gives the predictions at each answer's places, as `TorchEngine` does.
     """
     answers: list[tuple[int, ...]] = [() for _ in prompts]
-    for _ in range(tokens):
-        going = [i for i, p in enumerate(prompts) if p.end_id not in answers[i]]
+    guesses = [draft[:tokens] for draft in drafts]
+    while going := [
+        i for i, p in enumerate(prompts) if len(answers[i]) < tokens and p.end_id not in answers[i]
+    ]:
         # The last place predicts the next token, whatever stands there.
-        drafts = [replace(prompts[i], answer_ids=(*answers[i], 0)) for i in going]
-        for i, predicted in zip(going, step(drafts) if drafts else [], strict=True):
-            answers[i] = (*answers[i], int(predicted[-1]))
+        asked = [replace(prompts[i], answer_ids=(*guesses[i][: tokens - 1], 0)) for i in going]
+        for i, predicted in zip(going, step(asked), strict=True):
+            # What is taken stays: another batch's rounding must not undo it.
+            done, own = len(answers[i]), tuple(predicted.tolist())
+            pairs = zip(own[done:], guesses[i][done:], strict=False)
+            right = next((n for n, (a, b) in enumerate(pairs, done) if a != b), len(own) - 1)
+            taken = Answer((*answers[i], *own[done : right + 1]))
+            guesses[i] = answers[i] = taken.until(prompts[i].end_id).tokens
     return answers
 
 
@@ -168,10 +175,6 @@ class Side:
             self._post("resume")
             return future.result()
 
-    def decisions(self, call: str, count: int) -> list[dict[str, Any]]:
-        """What the switch decided for each prompt of a call."""
-        return [self.engine.decision(f"{call}-{index}") for index in range(count)]
-
     def _post(self, path: str) -> None:
         httpx.post(f"{self.base_url}/{path}", timeout=60, trust_env=False).raise_for_status()
 
@@ -190,7 +193,8 @@ class Agreement:
         self.lm = LanguageModel.load(options.model)
         edit_set = EditSet.load(options.edits)
         sae = SparseAutoencoder.load(options.sae or edit_set.sae_folder(options.edits))
-        self.operator = EditOperator.build(edit_set, sae.to(self.lm.device))
+        operator = EditOperator.build(edit_set, sae.to(self.lm.device))
+        self.trainer, self.edit_set = TorchEngine.build(self.lm, operator), edit_set
         decision, length = edit_set.manifest.decision, self.lm.max_length
         self.contexts = Contexts(self.lm.tokenizer, decision.scope, decision.turn, length)
         draw = random.Random(options.seed)
@@ -204,7 +208,7 @@ class Agreement:
 
     def _zsre(self, draw: random.Random) -> list[Asked]:
         """Half edited prompts, a quarter paraphrases, a quarter other records."""
-        edit_set = self.operator.edit_set
+        edit_set = self.edit_set
         own = [fact["prompt"] for fact in edit_set.facts]
         known = {*edit_set.manifest.hyperparameters["held_out"], *map(prompt_digest, own)}
         records = [fact.prompt for fact in read_facts(self.options.data)]
@@ -221,7 +225,7 @@ class Agreement:
     def _batch(self, draw: random.Random) -> list[Asked]:
         """Half edited requests, half unrelated ones, shuffled."""
         half = self.options.requests // 2
-        own = [fact["prompt"] for fact in self.operator.edit_set.facts]
+        own = [fact["prompt"] for fact in self.edit_set.facts]
         edited = self._rendered("edited", [own[i % len(own)] for i in range(half)])
         unrelated = self._rendered("unrelated", draw.sample(ordinary_lines(), half))
         if self.options.text is not None:
@@ -230,22 +234,22 @@ class Agreement:
         return draw.sample(edited + unrelated, 2 * half)
 
     def run(self) -> dict[str, Any]:
-        """The trainer first, then one server after the other; both comparisons."""
+        """One server after the other, then the trainer; both comparisons."""
         prompts = [a.prompt for a in self.asked]
-        outcomes = self._engine().edited([replace(p, answer_ids=(0,)) for p in prompts])
-        torch_edited = greedy(self._edited, prompts, ANSWER_TOKENS)
-        torch_plain = greedy(lambda drafts: self._engine().plain(drafts), prompts, ANSWER_TOKENS)
+        outcomes = self.trainer.edited([replace(p, answer_ids=(0,)) for p in prompts])
         plain = self._serve([], {"VLLM_PLUGINS": ""})
         sae = ["--microedit-sae", str(self.options.sae)] if self.options.sae else []
         edited = self._serve(["--microedit", str(self.options.edits), *sae], {})
-        served = [a.tokens for a in edited["answers"]]
+        served, unedited = ([a.tokens for a in side["answers"]] for side in (edited, plain))
+        torch_edited = greedy(self._edited, prompts, served, ANSWER_TOKENS)
+        torch_plain = greedy(self.trainer.plain, prompts, unedited, ANSWER_TOKENS)
         drafts = [replace(p, answer_ids=t) for p, t in zip(prompts, served, strict=True)]
-        forced = self._edited(drafts)
-        both, decisions = zip(forced, served, strict=True), edited["decisions"]
+        both, decisions = zip(self._edited(drafts), served, strict=True), edited["decisions"]
         columns: dict[str, Sequence[Any]] = {
             "asked": [f"{a.kind}, {a.context}" for a in self.asked],
             "ard": [(o.ard, d["ard"]) for o, d in zip(outcomes, decisions, strict=True)],
-            "ard_alone": [float(self._engine().ards([p])) for p in prompts],
+            # A prompt is stored the first time that it is seen: this one for itself.
+            "ard_alone": [float(self.trainer.ards([p])) for p in prompts],
             "on": [(o.on, d["on"]) for o, d in zip(outcomes, decisions, strict=True)],
             "edited": list(map(difference, edited["answers"], map(Answer, torch_edited))),
             "plain": list(map(difference, plain["answers"], map(Answer, torch_plain))),
@@ -254,17 +258,13 @@ class Agreement:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         own = [a.kind == "edited" for a in self.batch]
         return {
-            "agreement": agreement(rows, self.operator.edit_set.manifest.decision.tau),
+            "agreement": agreement(rows, self.edit_set.manifest.decision.tau),
             "concurrency": concurrency(own, plain, edited, prompts[0].end_id),
             "rows": rows,
         }
 
-    def _engine(self) -> TorchEngine:
-        """A fresh one, because it keeps the residuals of every draft."""
-        return TorchEngine.build(self.lm, self.operator)
-
     def _edited(self, drafts: list[PromptTokens]) -> list[Tensor]:
-        return [outcome.answer for outcome in self._engine().edited(drafts)]
+        return [outcome.answer for outcome in self.trainer.edited(drafts)]
 
     def _serve(self, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
         """What one server makes of the prompts and, twice together and once alone, of the batch."""
@@ -280,8 +280,9 @@ class Agreement:
                 alone = [side.answer([p], BATCH_TOKENS, True)[1][0] for p in batch]
                 found: dict[str, Any] = {"answers": answers, "runs": runs, "alone": alone}
                 if arguments:
-                    found["decisions"] = side.decisions(call, len(answers))
-                    found["on"] = [d["on"] for d in side.decisions(batch_call, len(batch))]
+                    look = side.engine.decision
+                    found["decisions"] = [look(f"{call}-{i}") for i in range(len(answers))]
+                    found["on"] = [look(f"{batch_call}-{i}")["on"] for i in range(len(batch))]
         return found
 
 

@@ -22,17 +22,38 @@ def bench():
     return module
 
 
-def test_greedy_feeds_each_token_back_and_stops_at_the_end(bench):
+@pytest.mark.parametrize(
+    ("drafts", "seen"),
+    [
+        (((), ()), [2, 2, 1, 1]),
+        (((4, 5, 6, 7), (8, END)), [2]),
+        (((4, 1, 6, 7), (1, 2)), [2, 2, 1]),
+        (((4, 5, 6, 7, 8, 9), (8, END, 5, 5)), [2]),
+    ],
+)
+def test_greedy_takes_from_a_draft_only_what_the_model_says(bench, drafts, seen):
     prompts = [PromptTokens((0, start), (), END, (0, 1)) for start in (3, 7)]
-    seen = []
+    asked = []
 
-    def step(drafts):
+    def step(prompts):
         """A model that counts upwards."""
-        seen.append(len(drafts))
-        return [torch.tensor([p.prompt_ids[-1], *p.answer_ids[:-1]]) + 1 for p in drafts]
+        asked.append(len(prompts))
+        return [torch.tensor([p.prompt_ids[-1], *p.answer_ids[:-1]]) + 1 for p in prompts]
 
-    assert bench.greedy(step, prompts, 4) == [(4, 5, 6, 7), (8, 9)]
-    assert seen == [2, 2, 1, 1]
+    assert bench.greedy(step, prompts, drafts, 4) == [(4, 5, 6, 7), (8, END)]
+    assert asked == seen
+
+
+def test_greedy_ends_where_rounding_breaks_a_tie_now_so_now_so(bench):
+    prompt = PromptTokens((0, 3), (), END, (0, 1))
+
+    def step(prompts):
+        """One that says another first token each time the answer gets longer."""
+        return [torch.arange(len(p.answer_ids)) + len(p.answer_ids) % 2 for p in prompts]
+
+    (answer,) = bench.greedy(step, [prompt], [(1, 2)], 4)
+    assert len(answer) == 4
+    assert answer[:2] == (1, 2)
 
 
 def test_a_difference_is_the_gap_where_two_answers_part(bench):
