@@ -25,9 +25,7 @@ from tests.trainer.tiny_edits import FACTS, JOINT, LAYER, SEQUENTIAL, no_progres
 
 SETTINGS = {
     "joint": EditSettings(JOINT, Scope(run=8)),
-    "sequential": EditSettings(
-        SEQUENTIAL, Scope(last=None, run=0), contexts=("bare", "chat")
-    ),
+    "sequential": EditSettings(SEQUENTIAL, Scope(last=None, run=0), contexts=("bare", "chat")),
 }
 EDITS = "edits.safetensors"
 
