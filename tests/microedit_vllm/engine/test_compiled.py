@@ -1,10 +1,10 @@
 """The same under torch.compile; minutes of compiling, so `-m "not compiled"` leaves it out."""
 
 import pytest
-from test_offline import ARD_NOISE, MIXED, OFF, generate, token_ids
 
 from microedit_vllm.engine import decisions
 from tests.microedit_vllm.engine.synthetic import EDITED, UNRELATED, running
+from tests.microedit_vllm.engine.test_offline import ARD_NOISE, MIXED, OFF, generate, token_ids
 
 pytestmark = pytest.mark.compiled
 
