@@ -58,8 +58,9 @@ def edit(
     steps_rec: Annotated[int | None, typer.Option(min=0, help="sequential: stage 1.")] = None,
     steps_edit: Annotated[int | None, typer.Option(min=1, help="sequential: stage 2.")] = None,
     position: Annotated[
-        Position, typer.Option(help="sequential: where ẑ goes.")
-    ] = Position.decision,
+        Position,
+        typer.Option(help="sequential: ẑ in the whole sequence (the paper) or, to serve, from e."),
+    ] = Position.sequence,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Train an edit set. A stopped run goes on where it was when the command is given again."""
@@ -119,6 +120,8 @@ def _report(console: Console, edit_set: "EditSet", out: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    if manifest.position == "sequence":
+        console.print("for evaluation only: to serve the set, edit with --position decision")
     for fact in off[:10]:
         console.print(f"[yellow]does not switch on:[/] {escape(fact['prompt'])}")
     for prompt, note in notes[:20]:
