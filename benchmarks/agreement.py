@@ -190,7 +190,7 @@ class Agreement:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.lm = LanguageModel.load(options.model)
+        self.lm = LanguageModel.load(options.model, options.dtype)
         edit_set = EditSet.load(options.edits)
         sae = SparseAutoencoder.load(options.sae or edit_set.sae_folder(options.edits))
         operator = EditOperator.build(edit_set, sae.to(self.lm.device))
@@ -270,9 +270,10 @@ class Agreement:
         """What one server makes of the prompts and, twice together and once alone, of the batch."""
         batch, model = [a.prompt for a in self.batch], self.options.model
         settings = {**DEV_MODE, **environment}
+        words = [*SERVE, "--dtype", self.options.dtype, *arguments]
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "log.txt"
-            with VllmServer(model, [*SERVE, *arguments], log=log, environment=settings) as server:
+            with VllmServer(model, words, log=log, environment=settings) as server:
                 side = Side(server)
                 call, answers = side.answer([a.prompt for a in self.asked], ANSWER_TOKENS)
                 batch_call, first = side.together(batch)
@@ -386,6 +387,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="of both sides: auto or float32")
     parser.add_argument("--out", type=Path, help="JSON result")
     options = parser.parse_args()
     found = Agreement(options).run()
