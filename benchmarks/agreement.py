@@ -11,6 +11,7 @@ Two eager `vllm serve` processes, a plain one and one with the edit set, one aft
 
 The same schedule: a batch is queued while the scheduler is paused, every answer has the same
 length, and the prefix cache is off, as hits would differ. Each batch runs twice to prove it.
+`--dtype float32` takes bf16's rounding out of the comparison.
 """
 
 import argparse

@@ -170,8 +170,12 @@ class EditRun:
         return store_residuals(self.lm, self.layer, rendered, self.max_norm)
 
     def _ordinary_tokens(self) -> Tensor:
-        """Residuals of the even ordinary lines (the odd ones are for τ), sinks left out: [N, d]."""
-        stored = self._ordinary(ordinary_lines()[::2])
+        """Residuals of the even ordinary lines (the odd ones are for τ), sinks left out: [N, d].
+
+        A few of them, for the golden activations alone, where the solver holds none.
+        """
+        lines = ordinary_lines()[::2]
+        stored = self._ordinary(lines if self.settings.solver.holds_ordinary else lines[:2])
         return torch.cat([p.z[1:][~p.is_sink[1:]] for p in stored]).float()
 
     def _run_description(self, facts: Sequence[Fact]) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class JointSolver:
     targets: TargetSettings = field(default_factory=TargetSettings)
     name: Literal["joint"] = "joint"
 
+    @property
+    def holds_ordinary(self) -> bool:
+        return True
+
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
 

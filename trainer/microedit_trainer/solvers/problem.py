@@ -49,6 +49,10 @@ class Solver(Protocol):
     def name(self) -> Literal["sequential", "joint"]:
         """As the edit set records it."""
 
+    @property
+    def holds_ordinary(self) -> bool:
+        """Whether it makes use of `EditProblem.ordinary`, which costs a second to collect."""
+
     def hyperparameters(self) -> dict[str, Any]:
         """What the edit set records."""
 

@@ -51,6 +51,10 @@ class SequentialSolver:
             if not 0 < getattr(self, name) < math.inf:
                 raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
 
+    @property
+    def holds_ordinary(self) -> bool:
+        return False
+
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
 
