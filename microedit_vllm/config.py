@@ -88,11 +88,6 @@ class ServingConfig:
                 of a kind that cannot be served, or its golden activations do not reproduce.
         """
         edit_set = EditSet.load(self.edit_set)
-        if edit_set.manifest.position == "sequence":
-            raise MicroEditError(
-                f"{self.edit_set} has position 'sequence' (ẑ on every prompt token), which is not "
-                "served yet; make the set with position 'decision'"
-            )
         where = edit_set.sae_folder(self.edit_set, self.sae)
         sae = SparseAutoencoder.load(where)
         edit_set.check_sae(sae, where)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from microedit_kernels.edit_change import edit_change
-from microedit_kernels.sparse_decode import decode, decode_change, row_map, token_distances
-from microedit_kernels.switch import absolute_ard, decide, smallest_run
+from microedit_kernels.sparse_decode import decode, decode_change, row_map, squared_distance
+from microedit_kernels.switch import decide, smallest_runs
 from microedit_vllm.artifact.edit_set import DecoderChange, EditSet, Golden
 from microedit_vllm.artifact.sae import SparseAutoencoder
 from microedit_vllm.errors import MicroEditError
@@ -43,30 +43,60 @@ class EditOperator:
             sae.b_enc[edit.indices],
         )
 
-    def distances(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """dist and dist0 of scored tokens, [..., d] → two [...] fp32."""
-        acts, indices = self.sae.encode(z)
-        return token_distances(
-            z,
-            acts,
-            indices,
-            self.sae.W_dec,
-            self.sae.b_dec,
-            self.scoring_rows,
-            self.scoring.values,
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 7: [..., d] → top_acts [..., k] fp32, top_indices [..., k] int64."""
+        return self.sae.encode(z)
+
+    def reconstruct(
+        self, acts: Tensor, indices: Tensor, rows: Tensor, change: DecoderChange
+    ) -> tuple[Tensor, Tensor]:
+        """ẑ₀ (Eq. 8) and δ of a change, each [..., d] fp32; `rows` is the change's row map."""
+        z_hat0 = decode(acts, indices, self.sae.W_dec, self.sae.b_dec)
+        return z_hat0, decode_change(acts, indices, rows, change.values)
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks that share the latents; here there is one."""
+        return partial
+
+    def threshold_change(self, z: Tensor) -> Tensor:
+        """δ of the edit change by threshold: [..., d] → [..., d] fp32."""
+        theta = self.edit_set.manifest.theta
+        assert theta is not None
+        return edit_change(
+            z, self.edit_W_enc, self.edit_b_enc, self.sae.b_dec, self.edit.values, theta
         )
 
-    def ard(self, dist: Tensor, dist0: Tensor) -> Tensor:
-        """The decision's statistic over one sequence's scored tokens: two [S] → scalar."""
+    def distances(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """dist and dist0 of scored tokens, [..., d] → two [...] fp32.
+
+        Where no changed row is active the two are bit-for-bit equal.
+        """
+        acts, indices = self.encode(z)
+        z_hat0, delta = self.reconstruct(acts, indices, self.scoring_rows, self.scoring)
+        return squared_distance(z_hat0 + delta, z), squared_distance(z_hat0, z)
+
+    def ards(self, dist: Tensor, dist0: Tensor, counted: Tensor) -> Tensor:
+        """The decision's statistic per sequence.
+
+        Args:
+            dist, dist0: distances of scored tokens in order of position, [D, W].
+            counted: which of them are tokens to count, [D, W] bool.
+
+        Returns:
+            [D] fp32; +∞ where fewer tokens count than the decision asks for.
+        """
         decision = self.edit_set.manifest.decision
-        if len(dist) < decision.min_tokens:
-            return dist.new_full((), torch.inf)
-        if decision.statistic == "relative":
-            return smallest_run(dist, dist0, decision.scope.run)
-        assert decision.alpha is not None
-        if decision.scope.run == 0:
-            return absolute_ard(dist, decision.alpha)
-        return smallest_run(dist, torch.full_like(dist, decision.alpha), decision.scope.run)
+        weight = dist0
+        if decision.statistic == "absolute":
+            assert decision.alpha is not None
+            weight = torch.full_like(dist, decision.alpha)
+        ards = smallest_runs(dist, weight, counted, decision.scope.run)
+        return ards.where(counted.sum(-1) >= decision.min_tokens, torch.inf)
+
+    def ard(self, dist: Tensor, dist0: Tensor) -> Tensor:
+        """`ards` of one sequence whose tokens all count: two [S] → scalar."""
+        counted = torch.ones_like(dist, dtype=torch.bool)
+        return self.ards(dist[None], dist0[None], counted[None])[0]
 
     def is_on(self, ard: Tensor) -> Tensor:
         """Eq. 14: the switch."""
@@ -74,26 +104,20 @@ class EditOperator:
 
     def edited(self, z: Tensor) -> Tensor:
         """What takes the place of z from the decision position on: [..., d] → [..., d] fp32."""
-        manifest, sae = self.edit_set.manifest, self.sae
+        manifest = self.edit_set.manifest
         if manifest.activation == "threshold":
-            assert manifest.theta is not None
-            delta = edit_change(
-                z, self.edit_W_enc, self.edit_b_enc, sae.b_dec, self.edit.values, manifest.theta
-            )
-            return z.float() + delta
-        acts, indices = sae.encode(z)
-        delta = decode_change(acts, indices, self.edit_rows, self.edit.values)
-        if manifest.placement == "delta":
-            return z.float() + delta
-        return decode(acts, indices, sae.W_dec, sae.b_dec) + delta
+            return z.float() + self.threshold_change(z)
+        acts, indices = self.encode(z)
+        z_hat0, delta = self.reconstruct(acts, indices, self.edit_rows, self.edit)
+        return (z.float() if manifest.placement == "delta" else z_hat0) + delta
 
     def golden_of(self, z: Tensor) -> Golden:
         """What this operator makes of z [g, d]: the record that a server must reproduce."""
         z = z.float()
-        acts, indices = self.sae.encode(z)
-        delta = decode_change(acts, indices, self.scoring_rows, self.scoring.values)
-        dist, dist0 = self.distances(z)
-        z_hat = self.sae.decode(acts, indices) + delta
+        acts, indices = self.encode(z)
+        z_hat0, delta = self.reconstruct(acts, indices, self.scoring_rows, self.scoring)
+        z_hat = z_hat0 + delta
+        dist, dist0 = squared_distance(z_hat, z), squared_distance(z_hat0, z)
         return Golden(z, indices, z_hat, dist, dist0, self.edited(z))
 
     def check_golden(self, tolerance: float = 1e-2) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from microedit_vllm.artifact import Decision
+from microedit_vllm.artifact import Manifest
 from microedit_vllm.engine.request_plan import plan_request
 from microedit_vllm.errors import MicroEditError
 
@@ -13,7 +13,7 @@ class BadOptionError(VLLMValidationError, ValueError):
     """A bad value in `vllm_xargs`: HTTP 400 on a server, a ValueError offline."""
 
 
-def check_requests(decision: Decision) -> None:
+def check_requests(manifest: Manifest) -> None:
     """Refuse bad options where a request enters (`vllm/v1/engine/input_processor.py`)."""
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -26,7 +26,7 @@ def check_requests(decision: Decision) -> None:
         params = request.sampling_params
         if params is not None and "microedit" in self.vllm_config.additional_config:
             try:
-                plan_request(request.prompt_token_ids, params.extra_args, decision)
+                plan_request(request.prompt_token_ids, params.extra_args, manifest)
             except MicroEditError as error:
                 raise BadOptionError(str(error)) from None
         return request

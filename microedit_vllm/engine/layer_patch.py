@@ -9,23 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from microedit_vllm.engine.edit_state import EditState
-from microedit_vllm.engine.step_plan import StepPlan
 from microedit_vllm.errors import MicroEditError
 
-CONTEXT_KEY = "microedit"
+OP = "microedit::substitute"
+_CONTEXT_KEY = "microedit"
 _TOWERS = ("vision", "visual", "audio", "encoder", "draft", "mtp")
 
 
-@torch.library.custom_op("microedit::substitute", mutates_args=("hidden_states", "residual"))
+@torch.library.custom_op(OP, mutates_args=("hidden_states", "residual"))
 def substitute(hidden_states: Tensor, residual: Tensor | None) -> None:
     """Apply the current step's plan to a layer's output, [M, d] each, in place."""
-    step = _current_step()
-    if step is not None:
-        state, plan = step
-        state.apply(plan, hidden_states, residual)
+    if not is_forward_context_available():
+        return
+    context = get_forward_context()
+    state: EditState | None = context.no_compile_layers.get(_CONTEXT_KEY)
+    if state is None:
+        return
+    if context.cudagraph_runtime_mode == CUDAGraphMode.FULL and state.captured is not None:
+        # Runs while a graph is captured; replays do not come here.
+        state.captured.apply(hidden_states, residual)
+    else:
+        state.apply(hidden_states, residual)
 
 
 @substitute.register_fake
@@ -33,15 +41,12 @@ def _substitute_fake(hidden_states: Tensor, residual: Tensor | None) -> None:
     return None
 
 
-def _current_step() -> tuple[EditState, StepPlan] | None:
-    if not is_forward_context_available():
-        return None
-    return get_forward_context().additional_kwargs.get(CONTEXT_KEY)
+def register_state(vllm_config: Any, state: EditState) -> None:
+    """Make the op find `state` in every forward context of this engine.
 
-
-def set_current_step(state: EditState, plan: StepPlan) -> None:
-    """Leave a step's plan for the op, in the forward context that is open."""
-    get_forward_context().additional_kwargs[CONTEXT_KEY] = (state, plan)
+    The way that vLLM's own ops find their layers (`vllm/forward_context.py`).
+    """
+    vllm_config.compilation_config.static_forward_context[_CONTEXT_KEY] = state
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:

@@ -1,9 +1,10 @@
-"""Reading decisions from outside the worker."""
+"""Decisions outside the worker: with each step's output, and for those who ask."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
 
+_DECISIONS = "microedit_decisions"
 _INTERNAL = re.compile(r"(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}")
 
 
@@ -15,6 +16,23 @@ def external_id(internal: str) -> str:
     """
     match = _INTERNAL.fullmatch(internal)
     return match["external"] if match else internal
+
+
+def attach_decisions(output: Any, known: list[tuple[str, bool]]) -> None:
+    """Let a step's output carry (vLLM's id, on) pairs from the worker to the scheduler.
+
+    Args:
+        output: a `ModelRunnerOutput`, or the asynchronous one that will yield it
+            (`vllm/v1/worker/gpu_model_runner.py`, `vllm/v1/worker/gpu/async_utils.py`).
+    """
+    for name in ("_model_runner_output", "model_runner_output"):
+        output = getattr(output, name, output)
+    setattr(output, _DECISIONS, known)
+
+
+def decisions_of(output: Any) -> list[tuple[str, bool]]:
+    """What `attach_decisions` attached."""
+    return getattr(output, _DECISIONS, [])
 
 
 def first_known(answers: Iterable[dict[str, Any] | None]) -> dict[str, Any]:

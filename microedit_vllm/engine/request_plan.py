@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from microedit_vllm.artifact import Decision, scored_span
+from microedit_vllm.artifact import Manifest, scored_span
 from microedit_vllm.errors import MicroEditError
 
 SWITCH = "microedit"
@@ -16,31 +16,29 @@ class RequestPlan:
     """Where one request is scored, decided and substituted (positions in its sequence).
 
     Attributes:
-        edit_from: e; the decision is taken at this token, and it and all later ones are replaced
-            where the switch is on.
+        edit_from: e; the decision is taken at this token.
         scored_from, scored_to: the tokens that decide, [from, to); empty when from = to.
+        substitute_from: the first token that is replaced: e, or 1 in the paper's placement, where
+            all but the first are (position 0 is an attention sink).
     """
 
     edit_from: int
     scored_from: int
     scored_to: int
-
-    @property
-    def must_compute_from(self) -> int:
-        """First position whose residual the decision needs: cached KV can only come before it."""
-        return self.scored_from if self.scored_to > self.scored_from else self.edit_from
+    substitute_from: int
 
 
 def plan_request(
     prompt_token_ids: Sequence[int] | None,
     extra_args: Mapping[str, Any] | None,
-    decision: Decision,
+    manifest: Manifest,
 ) -> RequestPlan | None:
     """Plan a request; None where it asks for no edits (or has no token ids to decide by).
 
     Args:
         prompt_token_ids: the prompt as first submitted, without generated tokens.
         extra_args: `SamplingParams.extra_args`, which is `vllm_xargs` in the OpenAI body.
+        manifest: of the edit set that is served.
 
     Raises:
         MicroEditError: an option of ours has an unknown name or a value out of range.
@@ -64,5 +62,7 @@ def plan_request(
         )
     if switch == "off" or prompt_token_ids is None or size == 0:
         return None
+    decision = manifest.decision
     span = scored_span(prompt_token_ids, edit_from, decision.scope, decision.turn)
-    return RequestPlan(edit_from, *span)
+    substitute_from = 1 if manifest.position == "sequence" else edit_from
+    return RequestPlan(edit_from, *span, substitute_from)

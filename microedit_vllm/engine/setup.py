@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from microedit_vllm.artifact import Manifest
 from microedit_vllm.config import KEY, ServingConfig, check_model, summary
 from microedit_vllm.errors import MicroEditError
 
@@ -93,6 +94,8 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
 
     operator = setting.load()
     edit_set, model = operator.edit_set, vllm_config.model_config
+    if edit_set.manifest.position == "sequence":
+        _refuse_schedule(vllm_config, setting.edit_set)
     check_model(
         edit_set,
         _model_folder(model),
@@ -109,7 +112,8 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     parallel.worker_cls = edit_worker_name(parallel.worker_cls)
     name = "EditAsyncScheduler" if scheduling.async_scheduling else "EditScheduler"
     scheduling.scheduler_cls = f"microedit_vllm.engine.scheduler.{name}"
-    check_requests(manifest.decision)
+    check_requests(manifest)
+    _adapt_graphs(vllm_config.compilation_config, manifest)
     serve_routes()
     if announce:
         _announce(summary(manifest, setting.edit_set))
@@ -128,6 +132,37 @@ def _refuse_unsupported(vllm_config: Any) -> None:
     for reason, is_set in reasons.items():
         if is_set:
             raise MicroEditError(f"edits do not work together with {reason} yet")
+
+
+def _refuse_schedule(vllm_config: Any, folder: Path) -> None:
+    """The paper's placement needs a whole prompt in one step, and each of its tokens computed."""
+    flags = {
+        "--no-enable-chunked-prefill": vllm_config.scheduler_config.enable_chunked_prefill,
+        "--no-enable-prefix-caching": vllm_config.cache_config.enable_prefix_caching,
+    }
+    missing = [flag for flag, wrong in flags.items() if wrong]
+    if missing:
+        raise MicroEditError(
+            f"{folder} has position 'sequence' (ẑ on every token of a prompt), which needs the "
+            f"whole prompt in one step: start with {' '.join(missing)}"
+        )
+
+
+def _adapt_graphs(compilation: Any, manifest: Manifest) -> None:
+    """Let our op run between the pieces of a compiled graph, and in full CUDA graphs where it can.
+
+    See `microedit_vllm.engine.captured_edit`; `vllm/config/compilation.py`.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    from microedit_vllm.engine.layer_patch import OP
+
+    if compilation.mode == CompilationMode.VLLM_COMPILE and compilation.splitting_ops:
+        compilation.splitting_ops.append(OP)
+    graphs = compilation.cudagraph_mode
+    if manifest.activation == "topk" and graphs.has_full_cudagraphs():
+        piecewise = graphs.requires_piecewise_compilation()
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
 
 
 def _model_folder(model: Any) -> Path:

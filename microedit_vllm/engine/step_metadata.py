@@ -1,121 +1,111 @@
-"""What a step is made of, read from a model runner. One adapter per runner.
+"""What a step is made of: the small interface between the engine and vLLM's model runners.
 
-The rest of the engine sees `StepRequest`s only. An adapter wraps the runner's forward call, hands
-each step's requests to `on_step` and runs the model; another runner (Model Runner V2,
-`vllm/v1/worker/gpu/model_runner.py`) needs another class with the same two methods.
+The rest of the engine sees `Step`s only. An adapter per runner makes them: `runner_v1` for the
+runner of the CPU engine and of older GPU servers, `runner_v2` for Model Runner V2.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
+from torch import Tensor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from microedit_vllm.artifact import Decision
-from microedit_vllm.engine.request_plan import plan_request
-from microedit_vllm.engine.step_plan import Positions, RequestState, StepRequest
+from microedit_vllm.engine.request_plan import RequestPlan
 from microedit_vllm.errors import MicroEditError
 
-_ATTRIBUTE = "microedit_state"
+
+@dataclass
+class RequestState:
+    """A request in the worker; lives as long as vLLM's own record of it.
+
+    Attributes:
+        request_id: vLLM's own id.
+        plan: None where the request asks for no edits.
+        on: the decision as the host last saw it, None when it has not. Only a shortcut: the
+            decision itself lies at the KV slot of token e.
+        version: counts the steps that computed anything before its decision; a decision of an
+            older version is no longer its own.
+    """
+
+    request_id: str
+    plan: RequestPlan | None
+    on: bool | None = None
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """One request's share of a step; host numbers only.
+
+    Attributes:
+        index: its row in the step's block table.
+        first_row: its first row in the batch's hidden states; row i of the share is the token at
+            position `first_position` + i.
+        first_position: exact while the prompt is computed; while tokens are generated it may be
+            any position behind e (asynchronous speculation knows it on the device only).
+    """
+
+    state: RequestState
+    index: int
+    first_row: int
+    num_rows: int
+    first_position: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The requests of a step that may need the SAE.
+
+    Attributes:
+        block_table: [rows, blocks] int32 on the device, of the KV cache group that the state
+            follows.
+        block_size: tokens in one of its blocks.
+    """
+
+    requests: list[StepRequest]
+    block_table: Tensor
+    block_size: int
 
 
 class RunnerAdapter(Protocol):
     """How the engine sees a model runner."""
 
     def num_slots(self) -> int:
-        """KV slots of the group that state follows, once the KV cache is sized."""
-
-    def attach(
-        self,
-        on_step: Callable[[list[StepRequest]], None],
-        on_new_request: Callable[[RequestState], None],
-    ) -> None:
-        """Call `on_new_request` once per request and `on_step` before every real forward."""
-
-
-class V1RunnerAdapter:
-    """`GPUModelRunner` and `CPUModelRunner` (`vllm/v1/worker/gpu_model_runner.py`).
-
-    Reads `input_batch` (order of the requests, computed tokens, block tables), `query_start_loc`
-    and `requests` just before the forward, when the step's inputs are final. All of them are host
-    numbers that vLLM has made anyhow.
-    """
-
-    def __init__(self, runner: Any, decision: Decision) -> None:
-        self._runner = runner
-        self._decision = decision
-        self._group = 0
-
-    def num_slots(self) -> int:
-        """KV slots of the first group with full attention.
+        """KV slots of the group that the state follows, once the KV cache is sized.
 
         Raises:
-            MicroEditError: there is none: the state of old tokens would be freed with their KV.
+            MicroEditError: see `followed_group`.
         """
-        config = self._runner.kv_cache_config
-        for group, candidate in enumerate(config.kv_cache_groups):
-            spec = candidate.kv_cache_spec
-            specs = getattr(spec, "kv_cache_specs", {"": spec}).values()
-            if all(isinstance(each, FullAttentionSpec) for each in specs):
-                self._group = group
-                return config.num_blocks * spec.block_size
-        raise MicroEditError(
-            "the model has no layer with full attention, so the KV cache forgets the decision; "
-            "such models are not supported"
-        )
 
     def attach(
         self,
-        on_step: Callable[[list[StepRequest]], None],
+        on_step: Callable[[Step], bool],
+        after_step: Callable[[], None],
         on_new_request: Callable[[RequestState], None],
     ) -> None:
-        """Wrap `_model_forward`, which runs real steps only, not profiling or warm-up ones."""
-        forward = self._runner._model_forward
-        self._on_new_request = on_new_request
+        """Call back around every real forward, never for profiling, warm-up or capture.
 
-        def model_forward(*args: Any, **kwargs: Any) -> Any:
-            on_step(self._requests())
-            return forward(*args, **kwargs)
+        `on_new_request` is called once per request; `on_step` before the runner chooses a CUDA
+        graph for the step, and where it returns True, the step must not run in a full graph;
+        `after_step` once the forward has returned.
+        """
 
-        self._runner._model_forward = model_forward
 
-    def _requests(self) -> list[StepRequest]:
-        batch = self._runner.input_batch
-        first_rows = self._runner.query_start_loc.np
-        table = batch.block_table[self._group]
-        size = table.block_size
-        requests = []
-        for index, request_id in enumerate(batch.req_ids):
-            state = self._state(request_id)
-            if state.plan is None:
-                continue
-            row = table.block_table.np[index]
+def followed_group(kv_cache_config: Any) -> tuple[int, int]:
+    """The KV cache group that the state follows: its index and its number of slots.
 
-            def slots(positions: Positions, row: Any = row) -> Positions:
-                return row[positions // size].astype(np.int64) * size + positions % size
+    The first one with full attention only, because it keeps every token of a running request.
 
-            requests.append(
-                StepRequest(
-                    state=state,
-                    first_row=int(first_rows[index]),
-                    num_rows=int(first_rows[index + 1] - first_rows[index]),
-                    first_position=int(batch.num_computed_tokens_cpu[index]),
-                    slots=slots,
-                )
-            )
-        return requests
-
-    def _state(self, request_id: str) -> RequestState:
-        """Our state of a request, kept on vLLM's own record so that both end together."""
-        cached = self._runner.requests[request_id]
-        state = getattr(cached, _ATTRIBUTE, None)
-        if state is None:
-            params = cached.sampling_params
-            state = RequestState(request_id, None)
-            if params is not None:
-                state.plan = plan_request(
-                    cached.prompt_token_ids, params.extra_args, self._decision
-                )
-            setattr(cached, _ATTRIBUTE, state)
-            self._on_new_request(state)
-        return state
+    Raises:
+        MicroEditError: there is none: the state of old tokens would be freed with their KV.
+    """
+    for group, candidate in enumerate(kv_cache_config.kv_cache_groups):
+        spec = candidate.kv_cache_spec
+        specs = getattr(spec, "kv_cache_specs", {"": spec}).values()
+        if all(isinstance(each, FullAttentionSpec) for each in specs):
+            return group, kv_cache_config.num_blocks * spec.block_size
+    raise MicroEditError(
+        "the model has no layer with full attention, so the KV cache forgets the decision; "
+        "such models are not supported"
+    )

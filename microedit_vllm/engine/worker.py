@@ -7,14 +7,21 @@ so that the worker processes need no patching.
 from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    AsyncModelRunnerOutput,
+    ModelRunnerOutput,
+)
 
-from microedit_vllm.artifact import EditOperator
+from microedit_vllm.artifact import EditOperator, Manifest
 from microedit_vllm.config import ServingConfig, summary
 from microedit_vllm.engine.edit_state import EditState
-from microedit_vllm.engine.layer_patch import patch_layer, set_current_step
-from microedit_vllm.engine.records import external_id
-from microedit_vllm.engine.step_metadata import V1RunnerAdapter
-from microedit_vllm.engine.step_plan import RequestState, StepRequest, plan_step
+from microedit_vllm.engine.layer_patch import patch_layer, register_state
+from microedit_vllm.engine.parallel import load_operator
+from microedit_vllm.engine.records import attach_decisions, external_id
+from microedit_vllm.engine.runner_v1 import V1RunnerAdapter
+from microedit_vllm.engine.step_metadata import RequestState, RunnerAdapter, Step
+from microedit_vllm.engine.step_plan import plan_step
 from microedit_vllm.errors import MicroEditError
 
 BASES = {
@@ -35,52 +42,85 @@ def edit_worker_name(worker_cls: str) -> str:
     raise MicroEditError(f"edits cannot be served by the worker {worker_cls}")
 
 
+def runner_adapter(runner: Any, manifest: Manifest) -> RunnerAdapter:
+    """The adapter for a model runner."""
+    return V1RunnerAdapter(runner, manifest)
+
+
 class EditWorker:
     """Mixin before a vLLM worker (`vllm/v1/worker/gpu_worker.py`)."""
 
     vllm_config: Any
     model_runner: Any
     _edit_operator: EditOperator
-    _edit_adapter: V1RunnerAdapter
+    _edit_adapter: RunnerAdapter
     _edit_state: EditState | None = None
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the model, then the edit set and its SAE, and patch the layer.
+        """Load the model, then patch the layer, and where that is held, load the edit set and SAE.
 
         Raises:
-            MicroEditError: see `ServingConfig.load` and `patch_layer`.
+            MicroEditError: see `load_operator` and `patch_layer`.
         """
         super().load_model(**kwargs)  # type: ignore[misc]
         setting = ServingConfig.from_additional_config(self.vllm_config.additional_config)
         assert setting is not None, "setup names this worker only with a setting"
-        self._edit_setting = setting
-        self._edit_operator = setting.load(self.model_runner.device)
-        manifest = self._edit_operator.edit_set.manifest
-        self._edit_adapter = V1RunnerAdapter(self.model_runner, manifest.decision)
+        self._edit_setting, self._edit_manifest = setting, setting.load_manifest()
+        manifest = self._edit_manifest
         self._edit_here = patch_layer(
             self.model_runner.get_model(), manifest.layer, manifest.model.num_layers
         )
+        if self._edit_here:
+            self._edit_operator = load_operator(setting, self.model_runner.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Size the KV cache, then the state beside it."""
+        """Size the KV cache, then the state beside it, before any graph is captured."""
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
-        if self._edit_here:
-            self._edit_state = EditState(self._edit_operator, self._edit_adapter.num_slots())
-            self._edit_adapter.attach(self._edit_step, self._edit_new_request)
+        if not self._edit_here:
+            return
+        adapter = runner_adapter(self.model_runner, self._edit_manifest)
+        state = EditState(self._edit_operator, adapter.num_slots())
+        compilation = self.vllm_config.compilation_config
+        if state.device.type == "cuda" and compilation.cudagraph_mode.has_full_cudagraphs():
+            state.prepare_capture(
+                compilation.max_cudagraph_capture_size,
+                self.vllm_config.scheduler_config.max_num_batched_tokens,
+                self.vllm_config.model_config.dtype,
+            )
+        register_state(self.vllm_config, state)
+        adapter.attach(self._edit_step, state.end_step, self._edit_new_request)
+        self._edit_state = state
 
-    def _edit_step(self, requests: list[StepRequest]) -> None:
+    def _edit_step(self, step: Step) -> bool:
         state = self._edit_state
         assert state is not None
-        plan = plan_step(requests, self.model_runner.device)
-        if plan is not None:
-            set_current_step(state, plan)
+        state.feedback.poll()
+        plan = plan_step(step, state.device)
+        state.begin_step(plan)
+        return plan is not None and plan.decides_or_scores
 
     def _edit_new_request(self, request: RequestState) -> None:
         assert self._edit_state is not None
-        # The id that the client knows; vLLM's own has a random tail.
-        request.request_id = external_id(request.request_id)
         if request.plan is None:
-            self._edit_state.records.write_off(request.request_id)
+            self._edit_state.records.write_off(external_id(request.request_id))
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; the output carries the decisions that have become known."""
+        return self._edit_report(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """See `execute_model`: one of the two returns the step's output."""
+        return self._edit_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _edit_report(self, output: Any) -> Any:
+        # The scheduler hears one rank of the last stage; when that does not hold the layer, it
+        # hears nothing, and stores no answers.
+        is_result = isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput)
+        if self._edit_state and is_result and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+            known = self._edit_state.feedback.drain()
+            if known:
+                attach_decisions(output, known)
+        return output
 
     def microedit_decisions(self, request_ids: list[str]) -> dict[str, Any] | None:
         """For `collective_rpc`: {id: {"ard", "tau", "on"}} of the known ones among the ids.
@@ -89,13 +129,13 @@ class EditWorker:
         """
         if self._edit_state is None:
             return None
-        tau = self._edit_operator.edit_set.manifest.decision.tau
+        tau = self._edit_manifest.decision.tau
         found = {id_: self._edit_state.records.read(id_) for id_ in request_ids}
         return {id_: {**record, "tau": tau} for id_, record in found.items() if record}
 
     def microedit_summary(self) -> dict[str, Any]:
         """For `collective_rpc`: the loaded set, see `microedit_vllm.config.summary`."""
-        return summary(self._edit_operator.edit_set.manifest, self._edit_setting.edit_set)
+        return summary(self._edit_manifest, self._edit_setting.edit_set)
 
 
 def __getattr__(name: str) -> type:

@@ -6,62 +6,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microedit_kernels.switch import (
-    absolute_ard,
     apply_delta,
     apply_replace,
     decide,
-    relative_ard,
-    smallest_run,
+    smallest_runs,
 )
 
 M, D = 6, 5
-NOTHING = torch.empty(0)
+
+
+def ard(dist, weight, run=0, counted=None):
+    """`smallest_runs` of one sequence."""
+    dist, weight = torch.tensor(dist), torch.tensor(weight)
+    counted = torch.ones(len(dist)) if counted is None else torch.tensor(counted)
+    found = smallest_runs(dist[None], weight[None], counted.bool()[None], run)
+    assert found.shape == (1,)
+    return float(found)
 
 
 def test_absolute_ard_is_the_mean_over_alpha():
-    assert float(absolute_ard(torch.tensor([1.0, 2.0, 6.0]), alpha=600)) == pytest.approx(0.005)
+    assert ard([1.0, 2.0, 6.0], [600.0] * 3) == pytest.approx(0.005)
 
 
 def test_relative_ard_is_a_ratio_of_sums():
-    dist, dist0 = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])
-    assert float(relative_ard(dist, dist0)) == 0.25
-    assert float(relative_ard(dist0, dist0)) == 1.0
+    assert ard([1.0, 2.0], [4.0, 8.0]) == 0.25
+    assert ard([4.0, 8.0], [4.0, 8.0]) == 1.0
 
 
-def test_nothing_scored_is_infinitely_far():
-    for ard in (
-        absolute_ard(NOTHING, 600),
-        relative_ard(NOTHING, NOTHING),
-        smallest_run(NOTHING, NOTHING, 8),
-        smallest_run(NOTHING, NOTHING, 0),
-    ):
-        assert float(ard) == math.inf
-        assert ard.shape == ()
-        assert not bool(decide(ard, tau=1e9))
+@pytest.mark.parametrize("run", [0, 8])
+@pytest.mark.parametrize("size", [0, 3, 20])
+def test_nothing_scored_is_infinitely_far(run, size):
+    found = ard([1.0] * size, [1.0] * size, run, [False] * size)
+    assert found == math.inf
+    assert not bool(decide(torch.tensor(found), tau=1e9))
 
 
 def test_a_perfect_unedited_reconstruction_divides_by_no_zero():
-    zeros, ones = torch.zeros(3), torch.ones(3)
-    assert math.isfinite(float(relative_ard(zeros, zeros)))
-    assert float(relative_ard(ones, zeros)) > 1e30
-    assert float(smallest_run(torch.ones(9), torch.zeros(9), 2)) > 1e30
+    assert math.isfinite(ard([0.0] * 3, [0.0] * 3))
+    assert ard([1.0] * 3, [0.0] * 3) > 1e30
+    assert ard([1.0] * 9, [0.0] * 9, run=2) > 1e30
+
+
+@st.composite
+def sequences(draw):
+    """Sequences of one batch: (dist, weight, counts) per token, padded with tokens to ignore."""
+    token = st.tuples(st.floats(0, 100), st.floats(0.1, 100), st.booleans())
+    return draw(st.lists(st.lists(token, max_size=20), min_size=1, max_size=4))
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    st.lists(st.tuples(st.floats(0, 100), st.floats(0.1, 100)), min_size=1, max_size=20),
-    st.integers(0, 9),
-)
-def test_smallest_run_is_the_brute_force_minimum(pairs, run):
-    length = len(pairs) if run == 0 else min(run, len(pairs))
-    ratios = [
-        sum(d for d, _ in pairs[start : start + length])
-        / sum(w for _, w in pairs[start : start + length])
-        for start in range(len(pairs) - length + 1)
-    ]
-    dist, weight = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    found = float(smallest_run(dist, weight, run))
-    assert found == pytest.approx(min(ratios), rel=1e-4, abs=1e-6)
+@given(sequences(), st.integers(0, 9))
+def test_smallest_runs_are_the_brute_force_minima(batch, run):
+    width = max(map(len, batch))
+    padded = [[*tokens, *[(math.nan, 0.0, False)] * (width - len(tokens))] for tokens in batch]
+    columns = torch.tensor(padded, dtype=torch.float).reshape(len(batch), width, 3).unbind(-1)
+    found = smallest_runs(columns[0], columns[1], columns[2].bool(), run)
+    for tokens, smallest in zip(batch, found.tolist(), strict=True):
+        pairs = [(d, w) for d, w, counts in tokens if counts]
+        length = len(pairs) if run == 0 else min(run, len(pairs))
+        ratios = [
+            sum(d for d, _ in pairs[start : start + length])
+            / sum(w for _, w in pairs[start : start + length])
+            for start in range(len(pairs) - length + 1 if pairs else 0)
+        ]
+        assert smallest == pytest.approx(min(ratios, default=math.inf), rel=1e-4, abs=1e-6)
 
 
 def test_the_switch_is_on_at_tau_and_off_for_nan():
@@ -103,6 +111,15 @@ def test_replace_puts_z_hat_into_its_rows_and_no_other(stream):
     apply_replace(*stream, torch.tensor([4, 1]), z_hat)
     assert torch.equal(total(*stream)[[4, 1]], z_hat)
     check_untouched(stream, before)
+
+
+def test_a_masked_row_keeps_its_bits(stream):
+    before, z_hat = copied(stream), torch.randn(3, D)
+    apply_replace(*stream, torch.tensor([4, 0, 1]), z_hat, torch.tensor([True, False, False]))
+    assert torch.equal(total(*stream)[4], z_hat[0])
+    for now, then in zip(stream, before, strict=True):
+        if now is not None:
+            assert torch.equal(now[:4].view(torch.int32), then[:4].view(torch.int32))
 
 
 def test_delta_adds_to_its_rows_and_no_other(stream):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microedit_kernels.topk_encode import pre_acts, select_topk, topk_encode
+from microedit_kernels.topk_encode import pre_acts, select_topk, topk_by_key, topk_encode
 
 # Few distinct values, so that nearly every row has ties, many of them across the k-th place.
 VALUES = [0.0, -0.0, 1.0, -1.0, 2.5, math.inf, -math.inf, math.nan]
@@ -39,6 +39,13 @@ def test_select_is_a_stable_full_sort(case):
     # Bit for bit: −0.0 and NaN must come out as they went in.
     expected = acts.gather(-1, top_indices)
     assert torch.equal(top_acts.view(torch.int32), expected.view(torch.int32))
+
+
+@settings(deadline=None, max_examples=300)
+@given(rows_and_k())
+def test_selecting_by_key_is_the_same_sort(case):
+    rows, k = case
+    assert topk_by_key(torch.tensor(rows), k).tolist() == sorted_in_full(rows, k)
 
 
 @pytest.mark.parametrize("shape", [(5, 123), (1, 7), (3, 2, 41), (129,)])

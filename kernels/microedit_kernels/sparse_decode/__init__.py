@@ -5,7 +5,6 @@ from microedit_kernels.sparse_decode.reference import (
     decode_change,
     row_map,
     squared_distance,
-    token_distances,
 )
 
-__all__ = ["decode", "decode_change", "row_map", "squared_distance", "token_distances"]
+__all__ = ["decode", "decode_change", "row_map", "squared_distance"]

@@ -61,26 +61,3 @@ def decode_change(top_acts: Tensor, top_indices: Tensor, rows: Tensor, values: T
 def squared_distance(z_hat: Tensor, z: Tensor) -> Tensor:
     """‖ẑ_s − z_s‖² per token (the summand of Eq. 13): [..., d] → [...], fp32."""
     return (z_hat.float() - z.float()).square().sum(-1)
-
-
-def token_distances(
-    z: Tensor,
-    top_acts: Tensor,
-    top_indices: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    rows: Tensor,
-    values: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Distance of each token to its edited and to its unedited reconstruction.
-
-    Args:
-        z: [..., d]; the rest as in `decode` and `decode_change`.
-
-    Returns:
-        dist = ‖ẑ₀ + δ − z‖² and dist0 = ‖ẑ₀ − z‖², each [...], fp32. Where no changed row is
-        active the two are bit-for-bit equal.
-    """
-    z_hat0 = decode(top_acts, top_indices, W_dec, b_dec)
-    delta = decode_change(top_acts, top_indices, rows, values)
-    return squared_distance(z_hat0 + delta, z), squared_distance(z_hat0, z)

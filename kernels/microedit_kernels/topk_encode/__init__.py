@@ -1,5 +1,10 @@
 """Top-k encoder of a sparse autoencoder (Eq. 7)."""
 
-from microedit_kernels.topk_encode.reference import pre_acts, select_topk, topk_encode
+from microedit_kernels.topk_encode.reference import (
+    pre_acts,
+    select_topk,
+    topk_by_key,
+    topk_encode,
+)
 
-__all__ = ["pre_acts", "select_topk", "topk_encode"]
+__all__ = ["pre_acts", "select_topk", "topk_by_key", "topk_encode"]

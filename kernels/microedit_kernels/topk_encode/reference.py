@@ -37,18 +37,41 @@ def select_topk(acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         rows = acts.detach().reshape(-1, acts.shape[-1])
-        values, indices = rows.topk(k, dim=-1)
-        # torch.topk promises nothing on ties: rows where the k-th value also occurs outside the
-        # chosen set (or is NaN) are sorted in full. Counted from below, since a NaN is below
-        # nothing.
-        ambiguous = (rows < values[:, -1:]).sum(-1) != rows.shape[-1] - k
-        if bool(ambiguous.any()):
-            order = rows[ambiguous].sort(dim=-1, descending=True, stable=True).indices
-            indices[ambiguous] = order[:, :k]
-        indices = indices.sort(dim=-1).values
-        order = rows.gather(-1, indices).sort(dim=-1, descending=True, stable=True).indices
-        indices = indices.gather(-1, order).view(*acts.shape[:-1], k)
+        # The two select the same: sorting ties is the faster one on a CPU, but it reads a device
+        # tensor to find them.
+        chosen = _by_sorting_ties(rows, k) if rows.device.type == "cpu" else topk_by_key(rows, k)
+        indices = chosen.view(*acts.shape[:-1], k)
     return acts.gather(-1, indices), indices
+
+
+def _by_sorting_ties(rows: Tensor, k: int) -> Tensor:
+    values, indices = rows.topk(k, dim=-1)
+    # torch.topk promises nothing on ties: rows where the k-th value also occurs outside the chosen
+    # set (or is NaN) are sorted in full. Counted from below, since a NaN is below nothing.
+    ambiguous = (rows < values[:, -1:]).sum(-1) != rows.shape[-1] - k
+    if bool(ambiguous.any()):
+        order = rows[ambiguous].sort(dim=-1, descending=True, stable=True).indices
+        indices[ambiguous] = order[:, :k]
+    indices = indices.sort(dim=-1).values
+    order = rows.gather(-1, indices).sort(dim=-1, descending=True, stable=True).indices
+    return indices.gather(-1, order)
+
+
+def topk_by_key(rows: Tensor, k: int) -> Tensor:
+    """Indices of `select_topk` without reading a value back to the host: [R, n] → [R, k] int64.
+
+    Value and index become one integer that orders as (value, lower index first), so that no two
+    are equal and `torch.topk` has no choice.
+    """
+    # −0.0 and 0.0 are equal: adding 0.0 makes them the same bits.
+    values = rows.float() + 0.0
+    bits = values.view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = torch.where(values.isnan(), 0x7FFFFFFF, bits)
+    last = rows.shape[-1] - 1
+    ranks = torch.arange(last, -1, -1, device=rows.device)
+    keys = (bits.long() << 32) | ranks
+    return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
 def topk_encode(

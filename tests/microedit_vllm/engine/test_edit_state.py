@@ -1,22 +1,20 @@
 """Plan, score, decide and substitute without vLLM, however a prompt is cut into steps."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 
 from microedit_vllm.artifact import Decision, EditOperator, Scope
-from microedit_vllm.engine.edit_state import DecisionRecords, EditState
+from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.request_plan import RequestPlan
-from microedit_vllm.engine.step_plan import RequestState, StepRequest, plan_step
+from microedit_vllm.engine.step_metadata import RequestState, Step, StepRequest
+from microedit_vllm.engine.step_plan import plan_step
 from tests.builders import HIDDEN_SIZE, tiny_edit_set, tiny_sae
 
 BLOCK, SLOTS, LENGTH = 4, 64, 20
 CPU = torch.device("cpu")
-PLAN = RequestPlan(edit_from=15, scored_from=3, scored_to=15)
+PLAN = RequestPlan(edit_from=15, scored_from=3, scored_to=15, substitute_from=15)
 # Blocks of a sequence lie anywhere in the cache, and in no order.
-TABLES = {"a": np.array([9, 2, 7, 0, 5]), "b": np.array([1, 11, 3, 8, 14])}
+TABLE = torch.tensor([[9, 2, 7, 0, 5], [1, 11, 3, 8, 14]], dtype=torch.int32)
 
 
 def make_operator(tau: float, max_norm: float = 1e4, **changes) -> EditOperator:
@@ -33,11 +31,22 @@ def residuals(seed: int = 0, rows: int = LENGTH) -> tuple[torch.Tensor, torch.Te
     return one.bfloat16(), two.bfloat16()
 
 
-def share(state: RequestState, first: int, end: int, row: int = 0, table: str = "a") -> StepRequest:
-    blocks = TABLES[table]
-    return StepRequest(
-        state, row, end - first, first, lambda p: blocks[p // BLOCK] * BLOCK + p % BLOCK
-    )
+def share(state: RequestState, first: int, end: int, row: int = 0, index: int = 0) -> StepRequest:
+    return StepRequest(state, index, row, end - first, first)
+
+
+def step(*requests: StepRequest) -> Step:
+    return Step(list(requests), TABLE, BLOCK)
+
+
+def apply(
+    state: EditState, hidden: torch.Tensor, residual: torch.Tensor | None, *requests: StepRequest
+) -> None:
+    """One step as the worker runs it."""
+    state.feedback.poll()
+    state.begin_step(plan_step(step(*requests), CPU))
+    state.apply(hidden, residual)
+    state.end_step()
 
 
 def run(
@@ -46,9 +55,7 @@ def run(
     """Feed one sequence in the given chunks; the layer's output afterwards."""
     hidden, residual = residuals()
     for first, end in zip([0, *cuts], [*cuts, LENGTH], strict=True):
-        plan = plan_step([share(request, first, end)], CPU)
-        if plan is not None:
-            state.apply(plan, hidden[first:end], residual[first:end])
+        apply(state, hidden[first:end], residual[first:end], share(request, first, end))
     return hidden, residual
 
 
@@ -82,8 +89,9 @@ def test_off_touches_nothing(cuts):
     state, request = EditState(make_operator(tau=1e-6), SLOTS), RequestState("r", PLAN)
     hidden, residual = run(state, request, cuts)
     assert all(torch.equal(a, b) for a, b in zip((hidden, residual), residuals(), strict=True))
+    assert state.feedback.drain() == [("r", False)]
     assert request.on is False
-    assert plan_step([share(request, LENGTH - 1, LENGTH)], CPU) is None
+    assert plan_step(step(share(request, LENGTH - 1, LENGTH)), CPU) is None
 
 
 def test_sinks_are_not_scored():
@@ -99,7 +107,7 @@ def test_sinks_are_not_scored():
 
 def test_nothing_to_score_is_off():
     state = EditState(make_operator(tau=1e6), SLOTS)
-    hidden, _ = run(state, RequestState("r", RequestPlan(0, 0, 0)), [])
+    hidden, _ = run(state, RequestState("r", RequestPlan(0, 0, 0, 0)), [])
     assert torch.equal(hidden, residuals()[0])
     assert state.records.read("r") == {"ard": None, "on": False}
 
@@ -123,10 +131,8 @@ def test_batch_mates_do_not_meet():
     state = EditState(operator, SLOTS)
     asks, declines = RequestState("a", PLAN), RequestState("b", None)
     mixed = [torch.cat(parts) for parts in zip(residuals(1), residuals(0), strict=True)]
-    mates = [share(declines, 0, LENGTH, table="b"), share(asks, 0, LENGTH, row=LENGTH)]
-    plan = plan_step(mates, CPU)
-    assert plan is not None
-    state.apply(plan, *mixed)
+    mates = [share(declines, 0, LENGTH, index=1), share(asks, 0, LENGTH, row=LENGTH)]
+    apply(state, *mixed, *mates)
     assert torch.equal(mixed[0][:LENGTH], residuals(1)[0])
     assert torch.equal(mixed[1][:LENGTH], residuals(1)[1])
     torch.testing.assert_close(mixed[0][LENGTH:], alone)
@@ -135,9 +141,7 @@ def test_batch_mates_do_not_meet():
 def test_a_stream_of_one_tensor():
     operator = make_operator(tau=1e6)
     hidden, _ = residuals()
-    plan = plan_step([share(RequestState("r", PLAN), 0, LENGTH)], CPU)
-    assert plan is not None
-    EditState(operator, SLOTS).apply(plan, hidden, None)
+    apply(EditState(operator, SLOTS), hidden, None, share(RequestState("r", PLAN), 0, LENGTH))
     e = PLAN.edit_from
     wanted = operator.edited(residuals()[0][e:]).bfloat16()
     assert torch.equal(hidden[:e], residuals()[0][:e])
@@ -145,15 +149,4 @@ def test_a_stream_of_one_tensor():
 
 
 def test_chunks_before_the_window_need_nothing():
-    assert plan_step([share(RequestState("r", replace(PLAN)), 0, 3)], CPU) is None
-
-
-def test_records_are_bounded_and_the_newest_stay():
-    records = DecisionRecords(CPU, capacity=4)
-    for index in range(10):
-        records.write(str(index % 7), torch.tensor(float(index)), torch.tensor(True))
-        records.write_off(f"off {index}")
-    assert records.read("2") == {"ard": 9.0, "on": True}
-    assert records.read("off 9") == {"ard": None, "on": False}
-    assert records.read("3") is None
-    assert records.read("never") is None
+    assert plan_step(step(share(RequestState("r", PLAN), 0, 3)), CPU) is None

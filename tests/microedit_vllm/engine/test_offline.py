@@ -101,11 +101,11 @@ def test_unknown_requests_are_left_out(llm, mixed):
     assert decisions(llm, ["no such request"]) == {}
 
 
-def test_a_repeated_prompt_hits_the_cache_before_its_window_and_answers_the_same(llm):
+def test_a_repeated_prompt_hits_the_cache_as_ever_and_answers_the_same(llm):
+    """The distances of its window lie beside the blocks that the first one left."""
     (first,), (second,) = generate(llm, [(DEEP, None)]), generate(llm, [(DEEP, None)])
-    window = len(first.prompt_token_ids) - 1 - 64
     assert first.num_cached_tokens == 0
-    assert second.num_cached_tokens == window // 32 * 32 > 0
+    assert second.num_cached_tokens == (len(first.prompt_token_ids) - 1) // 32 * 32 > 64
     assert token_ids(second) == token_ids(first)
     found = decisions(llm, [first.request_id, second.request_id])
     ards = [found[output.request_id]["ard"] for output in (first, second)]
@@ -136,7 +136,18 @@ def test_what_an_off_request_cached_does_not_hide_the_window(llm):
     llm.reset_prefix_cache()
     generate(llm, [(DEEP, OFF)])
     (after,) = generate(llm, [(DEEP, None)])
+    window = len(after.prompt_token_ids) - 1 - 64
+    assert after.num_cached_tokens == window // 32 * 32 > 0
     assert token_ids(after) == token_ids(alone)
+
+
+def test_the_answer_of_a_request_that_stays_off_is_reused_as_ever(llm):
+    """A second turn behind an answer of the first; the plain engine would reuse as much."""
+    (first,) = generate(llm, [(UNRELATED[3], None)], tokens=70)
+    known = [*first.prompt_token_ids, *token_ids(first)]
+    turn = {"prompt_token_ids": [*known, *first.prompt_token_ids[-65:]]}
+    (second,) = generate(llm, [(turn, None)])
+    assert second.num_cached_tokens == (len(known) - 1) // 32 * 32
 
 
 def test_edit_from_scores_an_answer_as_it_was_generated(llm):

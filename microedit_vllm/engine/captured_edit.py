@@ -1,0 +1,80 @@
+"""The substitution as a full CUDA graph holds it.
+
+A graph replays the very kernels that were recorded, on the very addresses. So here every row of
+the batch is computed, whether it is on or not, into buffers that are there from the start: fixed
+addresses, no shape that depends on a value, no allocation, nothing read back. Only rows that are
+on are changed. Scoring and deciding never run in a full graph (`RunnerAdapter.attach`).
+"""
+
+import torch
+from torch import Tensor
+
+from microedit_vllm.artifact import EditOperator
+from microedit_vllm.engine.step_plan import StepPlan
+
+
+class CapturedEdit:
+    """The edit change by threshold (`microedit_kernels.edit_change`) into fixed buffers.
+
+    Args:
+        operator: on the worker's device, with activation by threshold.
+        on: decisions by KV slot, the last entry always off, [slots + 1] bool.
+        max_rows: rows of the largest graph.
+        max_tokens: rows of the largest step.
+        dtype: of the residual stream.
+    """
+
+    def __init__(
+        self,
+        operator: EditOperator,
+        on: Tensor,
+        max_rows: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+    ) -> None:
+        device, d = on.device, operator.sae.d_in
+        theta = operator.edit_set.manifest.theta
+        assert theta is not None
+        self._operator = operator
+        self._on = on
+        self._theta = max(theta, 0.0)
+        self._W_enc = operator.edit_W_enc.float().T.contiguous()
+        self._b_enc = operator.edit_b_enc.float()
+        self._b_dec = operator.sae.b_dec.float()
+        self._values = operator.edit.values.float()
+        self._nobody = len(on) - 1
+        self._slots = torch.full((max_tokens,), self._nobody, device=device)
+        self._is_on = torch.empty(max_rows, dtype=torch.bool, device=device)
+        self._stream = torch.empty(max_rows, d, dtype=dtype, device=device)
+        self._z = torch.empty(max_rows, d, device=device)
+        self._work = torch.empty(max_rows, d, device=device)
+        self._acts = torch.empty(max_rows, len(self._values), device=device)
+
+    def set_rows(self, plan: StepPlan | None) -> None:
+        """Tell the next replay which decision each row follows."""
+        self._slots.fill_(self._nobody)
+        if plan is not None:
+            self._slots[plan.edited_rows] = plan.decision_slots
+
+    def apply(self, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Substitute in place, in every row whose decision is on; arguments [M, d] as ever."""
+        rows = slice(len(hidden_states))
+        stream, z, work, acts = (
+            buffer[rows] for buffer in (self._stream, self._z, self._work, self._acts)
+        )
+        if residual is None:
+            stream.copy_(hidden_states)
+        else:
+            torch.add(hidden_states, residual, out=stream)
+        z.copy_(stream)
+        torch.sub(z, self._b_dec, out=work)
+        torch.mm(work, self._W_enc, out=acts)
+        torch.threshold_(acts.add_(self._b_enc), self._theta, 0.0)
+        torch.mm(acts, self._values, out=work)
+        stream.copy_(z.add_(self._operator.all_reduce(work)))
+        torch.index_select(self._on, 0, self._slots[rows], out=self._is_on[rows])
+        on = self._is_on[rows].view(-1, 1)
+        carrier = hidden_states if residual is None else residual
+        torch.where(on, stream, carrier, out=carrier)
+        if residual is not None:
+            hidden_states.masked_fill_(on, 0)
