@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from microedit_vllm.engine.architectures import form_of
 from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.step_plan import StepPlan
+from microedit_vllm.engine.stream_form import Form
 from microedit_vllm.errors import MicroEditError
 
 CONTEXT_KEY = "microedit"
@@ -68,24 +70,36 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
     """Put the op behind decoder layer `layer` (0-based); False where another rank holds it.
 
-    Works with layers that return (hidden_states, residual), as vLLM's fused models do, and with
-    layers that return one tensor (`vllm/model_executor/models`).
+    Where z is in the layer's output follows from the class of the loaded layer (`stream_form`).
 
     Raises:
-        MicroEditError: see `decoder_layers`.
+        MicroEditError: see `decoder_layers` and `form_of`.
     """
     module = decoder_layers(model, num_layers)[layer]
     if type(module).__name__ == "PPMissingLayer":
         return False
+    form = form_of(module)
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        if isinstance(output, tuple):
-            substitute(output[0], output[1])
-        else:
-            substitute(output, None)
+        substitute(*_stream_parts(output, form))
         return output
 
     module.forward = forward
     return True
+
+
+def _stream_parts(output: Any, form: Form) -> tuple[Tensor, Tensor | None]:
+    """What the op takes, [M, d] each, out of a layer's output.
+
+    Raises:
+        MicroEditError: the output does not have the form that was read from the source.
+    """
+    if isinstance(output, tuple) is (form is Form.SINGLE):
+        raise MicroEditError(f"a decoder layer returned {type(output).__name__}, not {form.value}")
+    if form is Form.FUSED:
+        return output[0], output[1]
+    z = output if form is Form.SINGLE else output[0]
+    # Models of transformers keep a batch of one before the rows.
+    return z.view(-1, z.shape[-1]), None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from microedit_vllm.config import KEY, ServingConfig, check_model, summary
+from microedit_vllm.engine.architectures import refuse_architecture
 from microedit_vllm.errors import MicroEditError
 
 _EXIT_STATUS = 2
@@ -88,6 +89,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     if setting is None:
         return
     _refuse_unsupported(vllm_config)
+    refuse_architecture(vllm_config)
     from microedit_vllm.engine.frontend import check_requests, serve_routes
     from microedit_vllm.engine.worker import edit_worker_name
 
