@@ -27,13 +27,12 @@ _COMMON = {
     "pad_token_id": 2,
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 1, "head_dim": HEAD_SIZE}
-# Sliding and full attention in turn, and the scales and caps of the large ones.
-_GEMMA = {
-    **_GROUPED,
+_ALTERNATING = {
+    "num_key_value_heads": 1,
     "sliding_window": 8,
-    "query_pre_attn_scalar": HEAD_SIZE,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_GEMMA = {**_GROUPED, **_ALTERNATING, "query_pre_attn_scalar": HEAD_SIZE}
 
 
 def _config(name: str, **fields: Any) -> Callable[[], Any]:
@@ -53,7 +52,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "Phi3ForCausalLM": _config("Phi3Config", **_COMMON, num_key_value_heads=1),
     # The pairs that do not sum to z.
     "CohereForCausalLM": _config("CohereConfig", **_COMMON, num_key_value_heads=1),
-    "Cohere2ForCausalLM": _config("Cohere2Config", **_COMMON, num_key_value_heads=1),
+    "Cohere2ForCausalLM": _config("Cohere2Config", **_COMMON, **_ALTERNATING),
     "StableLmForCausalLM": _config("StableLmConfig", **_COMMON, num_key_value_heads=1),
 }
 
