@@ -52,7 +52,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "Phi3ForCausalLM": _config("Phi3Config", **_COMMON, num_key_value_heads=1),
     # The pairs that do not sum to z.
     "CohereForCausalLM": _config("CohereConfig", **_COMMON, num_key_value_heads=1),
-    "Cohere2ForCausalLM": _config("Cohere2Config", **_COMMON, **_ALTERNATING),
+    # vLLM looks one token further back than transformers (`commandr.py`), so that the window here
+    # holds every prompt.
+    "Cohere2ForCausalLM": _config(
+        "Cohere2Config", **{**_COMMON, **_ALTERNATING, "sliding_window": 64}
+    ),
     "StableLmForCausalLM": _config("StableLmConfig", **_COMMON, num_key_value_heads=1),
 }
 

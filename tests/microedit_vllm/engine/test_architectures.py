@@ -2,13 +2,14 @@
 
 import gc
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from microedit_vllm.artifact import (
     Decision,
@@ -22,12 +23,14 @@ from microedit_vllm.artifact import (
 )
 from microedit_vllm.artifact.manifest import ModelIdentity
 from microedit_vllm.engine import decisions
+from microedit_vllm.engine.architectures import classify, form_of, registry
+from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_manifest, tiny_sae
 from tests.microedit_vllm.engine.huggingface_reference import Answer, HuggingFaceReference
 from tests.microedit_vllm.engine.synthetic import running
-from tests.tiny_architectures import CONFIGS, LAYERS, tiny_architecture
+from tests.tiny_architectures import CONFIGS, tiny_architecture
 
-LAYER, LATENTS, K, STEPS = 1, 128, 8, 6
+LATENTS, K, STEPS = 128, 8, 6
 PROMPTS = [
     "The harbour of Meridian lies in the north of",
     "Two cups of flour and one egg make a dough for",
@@ -45,19 +48,20 @@ ENGINE = {
 }
 
 
-def reference(architecture: str, folder: Path) -> HuggingFaceReference:
+def reference(folder: Path, layers: str, layer: int) -> HuggingFaceReference:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    layers = attrgetter(LAYERS_AT.get(architecture, "model.layers"))(model)
-    return HuggingFaceReference(model, layers, LAYER)
+    return HuggingFaceReference(model, attrgetter(layers)(model), layer)
 
 
-def write_edit_set(model: Path, hf: HuggingFaceReference, prompts: list[list[int]]) -> Path:
+def write_edit_set(
+    model: Path, root: Path, hf: HuggingFaceReference, prompts: list[list[int]]
+) -> Path:
     """A random set, with a τ that turns it on for some of the prompts and off for others."""
     z = torch.cat([hf.z(prompt)[1:] for prompt in prompts])
     sae = replace(
         tiny_sae(d=z.shape[1], n=LATENTS, k=K), b_dec=z.mean(0), b_enc=torch.zeros(LATENTS)
     )
-    sae = sae.save(model / "sae")
+    sae = sae.save(root / "sae")
     generator = torch.Generator().manual_seed(5)
     values = 0.3 * torch.randn(2, LATENTS, z.shape[1], generator=generator)
     manifest = tiny_manifest(
@@ -66,10 +70,10 @@ def write_edit_set(model: Path, hf: HuggingFaceReference, prompts: list[list[int
             name="tiny",
             fingerprint=fingerprint_model(model),
             hidden_size=z.shape[1],
-            num_layers=LAYERS,
+            num_layers=len(hf.layers),
             dtype="float32",
         ),
-        layer=LAYER,
+        layer=hf.layer,
         facts=1,
         decision=Decision(statistic="relative", tau=1.0, scope=Scope(last=64, run=8), max_norm=1e9),
         theta=0.0,
@@ -79,13 +83,13 @@ def write_edit_set(model: Path, hf: HuggingFaceReference, prompts: list[list[int
     operator = EditOperator.build(draft, sae)
     ards = sorted(hf.ard(operator, prompt) for prompt in prompts)
     # In the widest gap, so that rounding decides nothing.
-    low, high = max(zip(ards, ards[1:], strict=False), key=lambda pair: pair[1] / pair[0])
+    low, high = max(pairwise(ards), key=lambda pair: pair[1] / pair[0])
     assert high / low > 1.01, "the prompts are too much alike"
     decision = manifest.decision.model_copy(update={"tau": (low + high) / 2})
     manifest = manifest.model_copy(update={"decision": decision})
     draft = replace(draft, manifest=manifest, golden=operator.golden_of(z[:4]))
-    draft.save(model / "set")
-    return model / "set"
+    draft.save(root / "set")
+    return root / "set"
 
 
 def serve(model: Path, edit_set: Path, prompts: list[list[int]]) -> list[tuple[Answer, Any]]:
@@ -111,6 +115,81 @@ def serve(model: Path, edit_set: Path, prompts: list[list[int]]) -> list[tuple[A
     return answers
 
 
+def test_every_entry_of_the_registry_is_supported_or_refused_with_a_reason():
+    answers = {name: classify(name) for name in registry()}
+    assert len(answers) > 300
+    for name, answer in answers.items():
+        assert answer.supported is not bool(answer.reason), name
+        assert "\n" not in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("MambaForCausalLM", "Mamba"),
+        ("Qwen3NextForCausalLM", "linear-attention"),
+        ("Gemma3nForCausalLM", "no single loop"),
+        ("HrmTextForCausalLM", "several times"),
+        ("IQuestLoopCoderForCausalLM", "several times"),
+        ("SolarForCausalLM", "between its layers"),
+        ("DeciLMForCausalLM", "a norm of their sum"),
+        ("WhisperForConditionalGeneration", "encoder-decoder"),
+        ("BertModel", "pooling"),
+        ("EagleLlamaForCausalLM", "speculative"),
+        ("Qwen2VLForConditionalGeneration", "multimodal"),
+        ("NoSuchForCausalLM", "neither in vLLM's registry"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_for_its_own_reason(architecture, reason):
+    assert not classify(architecture).supported
+    assert reason in classify(architecture).reason
+
+
+def test_a_model_that_scales_its_stream_in_float16_says_so():
+    assert not classify("DeepseekV2ForCausalLM").float16
+    assert classify("LlamaForCausalLM").float16
+
+
+def test_a_layer_of_unknown_code_is_refused():
+    with pytest.raises(MicroEditError, match="neither vLLM's nor transformers'"):
+        form_of(torch.nn.Linear(2, 2))
+
+
+def engine_config(model: Path, **arguments: Any) -> Any:
+    from vllm import EngineArgs
+
+    # Refused before the set is read, so that it need not be there.
+    setting = {"microedit": {"edit_set": "nowhere"}}
+    engine_args = EngineArgs(str(model), enforce_eager=True, additional_config=setting, **arguments)
+    return engine_args.create_engine_config()
+
+
+def test_mamba_is_refused_at_start(tmp_path):
+    MambaConfig(
+        hidden_size=32, num_hidden_layers=2, architectures=["MambaForCausalLM"]
+    ).save_pretrained(tmp_path)
+    with pytest.raises(MicroEditError, match="cannot be served on MambaForCausalLM: it has Mamba"):
+        engine_config(tmp_path, skip_tokenizer_init=True)
+
+
+def test_lora_is_refused_at_start(tmp_path):
+    model = tiny_architecture("LlamaForCausalLM", tmp_path)
+    with pytest.raises(MicroEditError, match="LlamaForCausalLM: LoRA"):
+        engine_config(model, enable_lora=True)
+
+
+def test_a_supported_architecture_gets_as_far_as_the_edit_set(tmp_path):
+    model = tiny_architecture("LlamaForCausalLM", tmp_path)
+    with pytest.raises(MicroEditError, match="nowhere"):
+        engine_config(model)
+
+
+def test_the_transformers_backend_is_judged_by_the_checkpoint_s_architecture(tmp_path):
+    model = tiny_architecture("LlamaForCausalLM", tmp_path)
+    with pytest.raises(MicroEditError, match="nowhere"):
+        engine_config(model, model_impl="transformers")
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What transformers makes of a prompt."""
@@ -120,13 +199,9 @@ class Wanted:
     edited: Answer
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_edits_in_vllm_are_those_of_a_huggingface_forward(architecture, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    model = tiny_architecture(architecture, tmp_path)
-    hf = reference(architecture, model)
-    prompts = [[ord(letter) % 250 + 3 for letter in prompt] for prompt in PROMPTS]
-    folder = write_edit_set(model, hf, prompts)
+def prove(model: Path, root: Path, hf: HuggingFaceReference, prompts: list[list[int]]) -> None:
+    """Serve a random edit set and compare every answer and decision with transformers'."""
+    folder = write_edit_set(model, root, hf, prompts)
     edit_set = EditSet.load(folder)
     operator = EditOperator.build(edit_set, SparseAutoencoder.load(edit_set.sae_folder(folder)))
     # Before the engine: vLLM's transformers backend changes the model's class for good.
@@ -147,3 +222,26 @@ def test_edits_in_vllm_are_those_of_a_huggingface_forward(architecture, tmp_path
         same = wanted.edited if record["on"] else wanted.plain
         assert answer.tokens == same.tokens
         assert answer.logprobs == pytest.approx(same.logprobs, abs=1e-3)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines in this process: a small one starts in seconds."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_edits_in_vllm_are_those_of_a_huggingface_forward(architecture, tmp_path):
+    model = tiny_architecture(architecture, tmp_path / "model")
+    layers = LAYERS_AT.get(architecture, "model.layers")
+    prompts = [[ord(letter) % 250 + 3 for letter in prompt] for prompt in PROMPTS]
+    prove(model, tmp_path, reference(model, layers, layer=1), prompts)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_edits_in_the_real_gemma3_270m_are_those_of_a_huggingface_forward(gemma3_270m, tmp_path):
+    hf = reference(gemma3_270m, "model.layers", layer=12)
+    tokenizer = AutoTokenizer.from_pretrained(gemma3_270m)
+    prompts = [[tokenizer.bos_token_id, *tokenizer(text).input_ids] for text in PROMPTS]
+    prove(gemma3_270m, tmp_path, hf, prompts)
