@@ -79,27 +79,22 @@ def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
     if type(module).__name__ == "PPMissingLayer":
         return False
     form = form_of(module)
+    # Plain bools, which torch.compile folds.
+    fused, single = form is Form.FUSED, form is Form.SINGLE
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        substitute(*_stream_parts(output, form))
+        if isinstance(output, tuple) == single:
+            raise MicroEditError(
+                f"decoder layer {layer} returns {type(output).__name__} where its source said "
+                f"{form.value}; this architecture is not supported"
+            )
+        z = output if single else output[0]
+        # Models of transformers keep a batch of one before the rows.
+        rows = z if z.ndim == 2 else z.view(-1, z.shape[-1])
+        substitute(rows, output[1] if fused else None)
         return output
 
     module.forward = forward
     return True
-
-
-def _stream_parts(output: Any, form: Form) -> tuple[Tensor, Tensor | None]:
-    """What the op takes, [M, d] each, out of a layer's output.
-
-    Raises:
-        MicroEditError: the output does not have the form that was read from the source.
-    """
-    if isinstance(output, tuple) is (form is Form.SINGLE):
-        raise MicroEditError(f"a decoder layer returned {type(output).__name__}, not {form.value}")
-    if form is Form.FUSED:
-        return output[0], output[1]
-    z = output if form is Form.SINGLE else output[0]
-    # Models of transformers keep a batch of one before the rows.
-    return z.view(-1, z.shape[-1]), None
