@@ -30,6 +30,14 @@ _STATEFUL = (
 )
 _MULTIMODAL = "multimodal: what an edit does to a prompt with images or sound is not defined"
 
+_ENCODER_DECODER = "an encoder-decoder: it has two streams"
+# The registry has them among the multimodal ones, behind a comment.
+_ENCODER_DECODERS = {
+    "CohereAsrForConditionalGeneration",
+    "NemotronParseForConditionalGeneration",
+    "WhisperForConditionalGeneration",
+}
+
 # What the sources say to a reader, and not to `decoder_stack`.
 _READ_BY_HAND: dict[str, Form | str] = {
     # Their own norms hand the second value on unread (`commandr.py`, `cohere2_moe.py`).
@@ -80,7 +88,7 @@ def classify(architecture: str) -> Support:
     if architecture in entries._SPECULATIVE_DECODING_MODELS:
         return _refused("a draft model or head for speculative decoding")
     if architecture in entries._MULTIMODAL_MODELS:
-        return _refused(_why_not_multimodal(architecture))
+        return _refused(_ENCODER_DECODER if architecture in _ENCODER_DECODERS else _MULTIMODAL)
     if architecture in entries._TRANSFORMERS_BACKEND_MODELS:
         return _refused("a name of vLLM's backend; the checkpoint's own architecture decides")
     if architecture in entries._TEXT_GENERATION_MODELS:
@@ -104,16 +112,6 @@ def classify_transformers(architecture: str) -> Support:
     if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return _refused(_MULTIMODAL)
     return _read(architecture, find_class(model.__module__, architecture))
-
-
-def _why_not_multimodal(architecture: str) -> str:
-    from vllm.model_executor.models import registry as entries
-
-    names = list(entries._MULTIMODAL_MODELS)
-    # The registry lists encoder-decoders last, behind a comment.
-    first = names.index("CohereAsrForConditionalGeneration")
-    encoder_decoder = names.index(architecture) >= first
-    return "an encoder-decoder: it has two streams" if encoder_decoder else _MULTIMODAL
 
 
 def _read(architecture: str, model: ModelClass | None) -> Support:
@@ -181,6 +179,7 @@ def _dynamic_reason(vllm_config: Any, support: Support) -> str:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     reasons = {
         _STATEFUL: model.is_hybrid or model.is_attention_free,
+        _ENCODER_DECODER: model.is_encoder_decoder,
         _MULTIMODAL: model.is_multimodal_model,
         "it generates by diffusion": model.is_diffusion,
         "it scales its residual stream in float16; serve it in bfloat16": (
