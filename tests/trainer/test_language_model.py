@@ -94,6 +94,14 @@ def test_every_proven_architecture_is_cut_and_fingerprinted(architecture, ids, t
     assert fingerprint_model(other_weights) != fingerprint_model(folder)
 
 
+def test_gemma2_s_attention_scores_are_capped(ids, tmp_path):
+    folder = tiny_architecture("Gemma2ForCausalLM", tmp_path)
+    capped = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        states = capped(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.equal(LanguageModel.load(str(folder)).lower(ids, 1), states[2])
+
+
 def test_a_model_with_inputs_for_each_layer_is_refused():
     """The upper half would have to know the tokens, and gets placeholders."""
     model = OTHERS["gpt2"]()

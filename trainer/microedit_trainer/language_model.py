@@ -57,6 +57,9 @@ class LanguageModel:
             ) from error
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            # transformers' default attention leaves Gemma 2's cap out; vLLM's does not.
+            model.set_attn_implementation("eager")
         model = model.to(device).eval()
         model.requires_grad_(False)
         return cls(model, tokenizer, name, folder, find_decoder_layers(model))

@@ -49,7 +49,10 @@ ENGINE = {
 
 
 def reference(folder: Path, layers: str, layer: int) -> HuggingFaceReference:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # The only attention of transformers that caps Gemma 2's scores.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     return HuggingFaceReference(model, attrgetter(layers)(model), layer)
 
 
