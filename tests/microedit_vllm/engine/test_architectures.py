@@ -95,14 +95,16 @@ def write_edit_set(
     return root / "set"
 
 
-def serve(model: Path, edit_set: Path, prompts: list[list[int]]) -> list[tuple[Answer, Any]]:
+def serve(
+    model: Path, edit_set: Path, prompts: list[list[int]], **engine: Any
+) -> list[tuple[Answer, Any]]:
     """Each prompt's answer and decision, all in one batch of an engine in this process."""
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
     setting = {"microedit": {"edit_set": str(edit_set)}}
-    with running(model, **ENGINE, additional_config=setting) as llm:
+    with running(model, **ENGINE, **engine, additional_config=setting) as llm:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(inputs, params, use_tqdm=False)
         found = decisions(llm, [output.request_id for output in outputs])
@@ -202,7 +204,9 @@ class Wanted:
     edited: Answer
 
 
-def prove(model: Path, root: Path, hf: HuggingFaceReference, prompts: list[list[int]]) -> None:
+def prove(
+    model: Path, root: Path, hf: HuggingFaceReference, prompts: list[list[int]], **engine: Any
+) -> None:
     """Serve a random edit set and compare every answer and decision with transformers'."""
     folder = write_edit_set(model, root, hf, prompts)
     edit_set = EditSet.load(folder)
@@ -217,7 +221,7 @@ def prove(model: Path, root: Path, hf: HuggingFaceReference, prompts: list[list[
         for prompt in prompts
     ]
     assert all(wanted.edited.tokens != wanted.plain.tokens for wanted in expected)
-    served = serve(model, folder, prompts)
+    served = serve(model, folder, prompts, **engine)
     assert {record["on"] for _, record in served} == {True, False}
     for wanted, (answer, record) in zip(expected, served, strict=True):
         assert record["ard"] == pytest.approx(wanted.ard, rel=1e-3)
@@ -233,13 +237,24 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
+def prove_tiny(architecture: str, root: Path, **engine: Any) -> None:
+    model = tiny_architecture(architecture, root / "model")
+    layers = LAYERS_AT.get(architecture, "model.layers")
+    prompts = [[ord(letter) % 250 + 3 for letter in prompt] for prompt in PROMPTS]
+    prove(model, root, reference(model, layers, layer=1), prompts, **engine)
+
+
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_edits_in_vllm_are_those_of_a_huggingface_forward(architecture, tmp_path):
-    model = tiny_architecture(architecture, tmp_path / "model")
-    layers = LAYERS_AT.get(architecture, "model.layers")
-    prompts = [[ord(letter) % 250 + 3 for letter in prompt] for prompt in PROMPTS]
-    prove(model, tmp_path, reference(model, layers, layer=1), prompts)
+    prove_tiny(architecture, tmp_path)
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("in_process")
+def test_the_same_under_torch_compile_where_rows_are_a_view(tmp_path):
+    """Models of transformers; `test_compiled.py` compiles one of vLLM's own."""
+    prove_tiny("GPTNeoXForCausalLM", tmp_path, enforce_eager=False)
 
 
 @pytest.mark.usefixtures("in_process")
