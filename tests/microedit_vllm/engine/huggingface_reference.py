@@ -54,9 +54,10 @@ class HuggingFaceReference:
     def answer(self, prompt: list[int], steps: int, operator: EditOperator | None) -> Answer:
         """Greedy, one whole forward for each token; edited from the prompt's last token on."""
         tokens, logprobs = list(prompt), []
+        last_only = {"use_cache": False, "logits_to_keep": 1}
         with self._edited(operator, len(prompt) - 1):
             for _ in range(steps):
-                logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                logits = self.model(**last_only, input_ids=torch.tensor([tokens])).logits[0, -1]
                 best = int(logits.argmax())
                 logprobs.append(float(logits.float().log_softmax(-1)[best]))
                 tokens.append(best)

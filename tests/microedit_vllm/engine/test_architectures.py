@@ -43,7 +43,7 @@ ENGINE = {
     "dtype": "float32",
     "max_model_len": 96,
     "max_num_batched_tokens": 96,
-    "num_gpu_blocks_override": 16,
+    "num_gpu_blocks_override": 64,
     "max_num_seqs": 4,
 }
 
