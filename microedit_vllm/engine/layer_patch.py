@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from microedit_vllm.engine.architectures import form_of
 from microedit_vllm.engine.edit_state import EditState
+from microedit_vllm.engine.stream_form import Form
 from microedit_vllm.errors import MicroEditError
 
 OP = "microedit::substitute"
@@ -73,23 +75,30 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
     """Put the op behind decoder layer `layer` (0-based); False where another rank holds it.
 
-    Works with layers that return (hidden_states, residual), as vLLM's fused models do, and with
-    layers that return one tensor (`vllm/model_executor/models`).
+    Where z is in the layer's output follows from the class of the loaded layer (`stream_form`).
 
     Raises:
-        MicroEditError: see `decoder_layers`.
+        MicroEditError: see `decoder_layers` and `form_of`.
     """
     module = decoder_layers(model, num_layers)[layer]
     if type(module).__name__ == "PPMissingLayer":
         return False
+    form = form_of(module)
+    # Plain bools, which torch.compile folds.
+    fused, single = form is Form.FUSED, form is Form.SINGLE
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        if isinstance(output, tuple):
-            substitute(output[0], output[1])
-        else:
-            substitute(output, None)
+        if isinstance(output, tuple) == single:
+            raise MicroEditError(
+                f"decoder layer {layer} returns {type(output).__name__} where its source said "
+                f"{form.value}; this architecture is not supported"
+            )
+        z = output if single else output[0]
+        # Models of transformers keep a batch of one before the rows.
+        rows = z if z.ndim == 2 else z.view(-1, z.shape[-1])
+        substitute(rows, output[1] if fused else None)
         return output
 
     module.forward = forward

@@ -10,6 +10,7 @@ from typing import Any
 
 from microedit_vllm.artifact import Manifest
 from microedit_vllm.config import KEY, ServingConfig, check_model, summary
+from microedit_vllm.engine.architectures import refuse_architecture
 from microedit_vllm.errors import MicroEditError
 
 _EXIT_STATUS = 2
@@ -89,6 +90,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     if setting is None:
         return
     _refuse_unsupported(vllm_config)
+    refuse_architecture(vllm_config)
     from microedit_vllm.engine.frontend import check_requests, serve_routes
     from microedit_vllm.engine.worker import edit_worker_name
 

@@ -21,7 +21,9 @@ from microedit_trainer.language_model import (
     pad_batch,
     resolve_folder,
 )
+from microedit_vllm.artifact import fingerprint_model
 from microedit_vllm.errors import MicroEditError
+from tests.tiny_architectures import CONFIGS, HIDDEN, LAYERS, tiny_architecture
 from tests.tiny_model import tiny_model
 
 SMALL = {
@@ -76,6 +78,36 @@ def test_the_two_halves_are_the_model_bit_for_bit(lm, ids, layer):
 def test_the_two_halves_are_other_architectures_too(name, ids):
     """Soft caps, scaled logits and embeddings, sliding windows, other names."""
     assert_the_cut_changes_nothing(other(name), ids, 1)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_proven_architecture_is_cut_and_fingerprinted(architecture, ids, tmp_path):
+    """What the server is proven on, the trainer can edit."""
+    folder = tiny_architecture(architecture, tmp_path)
+    lm = LanguageModel.load(str(folder))
+    assert (lm.num_layers, lm.hidden_size) == (LAYERS, HIDDEN)
+    with torch.no_grad():
+        states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.equal(lm.lower(ids, 1), states[2])
+    assert_the_cut_changes_nothing(lm, ids, 1)
+    other_weights = tiny_architecture(architecture, tmp_path / "other", seed=1)
+    assert fingerprint_model(other_weights) != fingerprint_model(folder)
+
+
+def test_gemma2_s_attention_scores_are_capped(ids, tmp_path):
+    folder = tiny_architecture("Gemma2ForCausalLM", tmp_path)
+    capped = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        states = capped(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.equal(LanguageModel.load(str(folder)).lower(ids, 1), states[2])
+
+
+def test_a_model_with_inputs_for_each_layer_is_refused():
+    """The upper half would have to know the tokens, and gets placeholders."""
+    model = OTHERS["gpt2"]()
+    model.config.hidden_size_per_layer_input = 8
+    with pytest.raises(MicroEditError, match="embeddings of its tokens to every layer"):
+        find_decoder_layers(model)
 
 
 def test_the_lower_half_stops_at_the_cut(lm, ids):

@@ -57,6 +57,9 @@ class LanguageModel:
             ) from error
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            # transformers' default attention leaves Gemma 2's cap out; vLLM's does not.
+            model.set_attn_implementation("eager")
         model = model.to(device).eval()
         model.requires_grad_(False)
         return cls(model, tokenizer, name, folder, find_decoder_layers(model))
@@ -172,9 +175,16 @@ def find_decoder_layers(model: Any) -> nn.ModuleList:
     """The list of decoder layers, whatever the architecture calls it.
 
     Raises:
-        MicroEditError: no list of the configured length.
+        MicroEditError: no list of the configured length, or layers that take more than z (Gemma 3n
+            and 4 give each layer embeddings of the tokens, which `upper` does not have).
     """
-    count = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise MicroEditError(
+            f"{type(model).__name__} gives embeddings of its tokens to every layer; "
+            "such models cannot be edited"
+        )
+    count = config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module

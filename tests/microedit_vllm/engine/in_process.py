@@ -1,11 +1,13 @@
 """Engines in the test's own process: a second to start, and open to be looked into."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 _started = False
 
@@ -16,6 +18,13 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
     global _started
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # A tiny model gains nothing from a second thread, and engines that spin for one starve
+        # what else runs on the machine.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # Seven full collections a start are most of its time in a large test process.
+        patch.setattr(gc, "collect", lambda *args: 0)
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -30,3 +39,4 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
+            torch.set_num_threads(threads)

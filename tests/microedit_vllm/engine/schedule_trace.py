@@ -47,9 +47,7 @@ class Ask:
 
     def expected(self, served: TinyServed, edits: bool = True) -> Answer:
         """What it must answer, with the edit set or without."""
-        return served.answer(
-            list(self.tokens), self.count, edits and self.edits, self.edit_from
-        )
+        return served.answer(list(self.tokens), self.count, edits and self.edits, self.edit_from)
 
 
 @dataclass
@@ -151,9 +149,7 @@ def _some(rng: random.Random, least: int, most: int) -> list[int]:
     return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(least, most))]
 
 
-def run_trace(
-    served: TinyServed, arguments: dict[str, Any], trace: list[Ask], edits: bool
-) -> Run:
+def run_trace(served: TinyServed, arguments: dict[str, Any], trace: list[Ask], edits: bool) -> Run:
     """Run a trace on an engine in this process, with the edit set or plain."""
     setting = {"microedit": {"edit_set": str(served.edit_set)}} if edits else {}
     with engine_here(
