@@ -1,8 +1,15 @@
 """The hook behind decoder layer l: one custom op that survives torch.compile.
 
-The op mutates the layer's output in place and finds what to do in vLLM's forward context, so that
-nothing of a step is baked into a compiled graph, and runs without a plan (profiling, warm-up,
-another engine in the same process) pass through it untouched.
+The op finds what to do in vLLM's forward context, so that nothing of a step is baked into a
+compiled graph, and runs without a plan (profiling, warm-up, another engine in the same process)
+pass through it untouched.
+
+Rows that are off must keep the bits of the plain graph, so the op may not change what inductor
+makes of it. Plain, the residual is no tensor at layer l: its sum stays in fp32 inside the kernel of
+the next norm. An op that took the residual, as input or to mutate, would have it rounded to the
+stream's dtype and stored there, also for rows that are off (`realize_hint` in
+`torch/_inductor/graph.py`). hidden_states, the output of a matrix product, is in memory anyway. So
+the op reads z, which the graph computes for it alone, and mutates hidden_states alone.
 """
 
 from typing import Any
@@ -20,9 +27,14 @@ _CONTEXT_KEY = "microedit"
 _TOWERS = ("vision", "visual", "audio", "encoder", "draft", "mtp")
 
 
-@torch.library.custom_op(OP, mutates_args=("hidden_states", "residual"))
-def substitute(hidden_states: Tensor, residual: Tensor | None) -> None:
-    """Apply the current step's plan to a layer's output, [M, d] each, in place."""
+@torch.library.custom_op(OP, mutates_args=("hidden_states",))
+def substitute(hidden_states: Tensor, z: Tensor | None) -> None:
+    """Apply the current step's plan to what a layer hands on, in place.
+
+    Args:
+        hidden_states: the layer's output, [M, d]; what is added to it moves z by as much.
+        z: hidden_states + residual, [M, d], read only; None where hidden_states is z itself.
+    """
     if not is_forward_context_available():
         return
     context = get_forward_context()
@@ -31,13 +43,13 @@ def substitute(hidden_states: Tensor, residual: Tensor | None) -> None:
         return
     if context.cudagraph_runtime_mode == CUDAGraphMode.FULL and state.captured is not None:
         # Runs while a graph is captured; replays do not come here.
-        state.captured.apply(hidden_states, residual)
+        state.captured.apply(hidden_states, z)
     else:
-        state.apply(hidden_states, residual)
+        state.apply(hidden_states, z)
 
 
 @substitute.register_fake
-def _substitute_fake(hidden_states: Tensor, residual: Tensor | None) -> None:
+def _substitute_fake(hidden_states: Tensor, z: Tensor | None) -> None:
     return None
 
 
@@ -86,10 +98,8 @@ def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        if isinstance(output, tuple):
-            substitute(output[0], output[1])
-        else:
-            substitute(output, None)
+        hidden_states, residual = output[:2] if isinstance(output, tuple) else (output, None)
+        substitute(hidden_states, None if residual is None else hidden_states + residual)
         return output
 
     module.forward = forward

@@ -112,6 +112,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     parallel.worker_cls = edit_worker_name(parallel.worker_cls)
     name = "EditAsyncScheduler" if scheduling.async_scheduling else "EditScheduler"
     scheduling.scheduler_cls = f"microedit_vllm.engine.scheduler.{name}"
+    _separate_cache(vllm_config.compilation_config, manifest.layer)
     check_requests(manifest)
     _adapt_graphs(vllm_config.compilation_config, manifest)
     serve_routes()
@@ -163,6 +164,16 @@ def _adapt_graphs(compilation: Any, manifest: Manifest) -> None:
     if manifest.activation == "topk" and graphs.has_full_cudagraphs():
         piecewise = graphs.requires_piecewise_compilation()
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+
+
+def _separate_cache(compilation: Any, layer: int) -> None:
+    """Keep graphs of other servers out of a compile cache folder that the user named.
+
+    vLLM's own folder carries a hash over `additional_config`; a named one is taken as it is, and
+    its graphs by number alone (`vllm/compilation/backends.py`), with or without the patch.
+    """
+    if compilation.cache_dir:
+        compilation.cache_dir = str(Path(compilation.cache_dir) / f"microedit-layer-{layer}")
 
 
 def _model_folder(model: Any) -> Path:
