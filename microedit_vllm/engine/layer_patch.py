@@ -9,7 +9,8 @@ makes of it. Plain, the residual is no tensor at layer l: its sum stays in fp32 
 the next norm. An op that took the residual, as input or to mutate, would have it rounded to the
 stream's dtype and stored there, also for rows that are off (`realize_hint` in
 `torch/_inductor/graph.py`). hidden_states, the output of a matrix product, is in memory anyway. So
-the op reads z, which the graph computes for it alone, and mutates hidden_states alone.
+the op reads z, which the graph computes for it alone, and mutates hidden_states alone. Where a
+layer ends in a norm or hands on one tensor, nothing is in memory there, and bits do change.
 """
 
 from typing import Any
