@@ -33,8 +33,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def tiny_model(folder: Path, layers: int = 3, hidden: int = 32, seed: int = 0) -> Path:
-    """Save a random fp32 Llama and its tokenizer; returns the folder."""
+def tiny_model(
+    folder: Path,
+    layers: int = 3,
+    hidden: int = 32,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Save a random Llama and its tokenizer; returns the folder."""
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -53,6 +59,6 @@ def tiny_model(folder: Path, layers: int = 3, hidden: int = 32, seed: int = 0) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -46,7 +46,7 @@ class CapturedEdit:
         self._slots = torch.full((max_tokens,), self._nobody, device=device)
         self._is_on = torch.empty(max_rows, dtype=torch.bool, device=device)
         self._stream = torch.empty(max_rows, d, dtype=dtype, device=device)
-        self._z = torch.empty(max_rows, d, device=device)
+        self._wide = torch.empty(max_rows, d, device=device)
         self._work = torch.empty(max_rows, d, device=device)
         self._acts = torch.empty(max_rows, len(self._values), device=device)
 
@@ -56,25 +56,19 @@ class CapturedEdit:
         if plan is not None:
             self._slots[plan.edited_rows] = plan.decision_slots
 
-    def apply(self, hidden_states: Tensor, residual: Tensor | None) -> None:
+    def apply(self, hidden_states: Tensor, z: Tensor | None) -> None:
         """Substitute in place, in every row whose decision is on; arguments [M, d] as ever."""
         rows = slice(len(hidden_states))
-        stream, z, work, acts = (
-            buffer[rows] for buffer in (self._stream, self._z, self._work, self._acts)
+        stream, wide, work, acts = (
+            buffer[rows] for buffer in (self._stream, self._wide, self._work, self._acts)
         )
-        if residual is None:
-            stream.copy_(hidden_states)
-        else:
-            torch.add(hidden_states, residual, out=stream)
-        z.copy_(stream)
-        torch.sub(z, self._b_dec, out=work)
+        wide.copy_(hidden_states if z is None else z)
+        torch.sub(wide, self._b_dec, out=work)
         torch.mm(work, self._W_enc, out=acts)
         torch.threshold_(acts.add_(self._b_enc), self._theta, 0.0)
         torch.mm(acts, self._values, out=work)
-        stream.copy_(z.add_(self._operator.all_reduce(work)))
+        wide.copy_(hidden_states)
+        stream.copy_(wide.add_(self._operator.all_reduce(work)))
         torch.index_select(self._on, 0, self._slots[rows], out=self._is_on[rows])
         on = self._is_on[rows].view(-1, 1)
-        carrier = hidden_states if residual is None else residual
-        torch.where(on, stream, carrier, out=carrier)
-        if residual is not None:
-            hidden_states.masked_fill_(on, 0)
+        torch.where(on, stream, hidden_states, out=hidden_states)

@@ -53,22 +53,23 @@ class EditState:
         """Forget the plan: what runs between two steps (warm-up, drafts) is left alone."""
         self.plan = None
 
-    def apply(self, hidden_states: Tensor, residual: Tensor | None) -> None:
-        """Score, decide and substitute the step's rows, in place.
+    def apply(self, hidden_states: Tensor, z: Tensor | None) -> None:
+        """Score, decide and substitute the step's rows.
 
         Args:
-            hidden_states, residual: layer l's output, [M, d]; z is their sum, or hidden_states
-                alone where `residual` is None. Rows that are off keep their bits.
+            hidden_states: layer l's output, [M, d], changed in place; rows that are off keep their
+                bits.
+            z: the residual stream, [M, d], not written to; None where it is hidden_states.
         """
         plan = self.plan
         if plan is None:
             return
         if len(plan.scored_rows):
-            self._score(plan, _stream(hidden_states, residual, plan.scored_rows))
+            self._score(plan, (hidden_states if z is None else z)[plan.scored_rows])
         if plan.deciding:
             self._decide(plan)
         if len(plan.edited_rows):
-            self._substitute(plan, hidden_states, residual)
+            self._substitute(plan, hidden_states, z)
 
     def _score(self, plan: StepPlan, z: Tensor) -> None:
         max_norm = self.operator.edit_set.manifest.decision.max_norm
@@ -86,17 +87,15 @@ class EditState:
         self.records.write([external_id(state.request_id) for state in plan.deciding], ards, on)
         self.feedback.decided(plan.deciding, on)
 
-    def _substitute(self, plan: StepPlan, hidden_states: Tensor, residual: Tensor | None) -> None:
+    def _substitute(self, plan: StepPlan, hidden_states: Tensor, z: Tensor | None) -> None:
         rows, on = plan.edited_rows, self.on[plan.decision_slots]
         if self.device.type == "cpu":
             # Looking costs nothing here; on a device it would stall the step.
             rows, on = rows[on], on[on]
             if not len(rows):
                 return
-        z = _stream(hidden_states, residual, rows)
-        apply_replace(hidden_states, residual, rows, self.operator.edited(z), on)
-
-
-def _stream(hidden_states: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
-    """z of the given rows in the stream's own dtype: [R, d]."""
-    return hidden_states[rows] if residual is None else hidden_states[rows] + residual[rows]
+        target = self.operator.edited((hidden_states if z is None else z)[rows])
+        if z is not None:
+            # The residual is out of reach (`layer_patch`), so its share comes off.
+            target = hidden_states[rows] + (target - z[rows])
+        apply_replace(hidden_states, None, rows, target, on)

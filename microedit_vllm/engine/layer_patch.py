@@ -1,10 +1,19 @@
 """The hook behind decoder layer l: one custom op that survives torch.compile.
 
-The op mutates the layer's output in place and finds what to do in vLLM's forward context, so that
-nothing of a step is baked into a compiled graph, and runs without a plan (profiling, warm-up,
-another engine in the same process) pass through it untouched.
+The op finds what to do in vLLM's forward context, so that nothing of a step is baked into a
+compiled graph, and runs without a plan (profiling, warm-up, another engine in the same process)
+pass through it untouched.
+
+Rows that are off must keep the bits of the plain graph, so the op may not change what inductor
+makes of it. Plain, the residual is no tensor at layer l: its sum stays in fp32 inside the kernel of
+the next norm. An op that took the residual, as input or to mutate, would have it rounded to the
+stream's dtype and stored there, also for rows that are off (`realize_hint` in
+`torch/_inductor/graph.py`). hidden_states, the output of a matrix product, is in memory anyway. So
+the op reads z, which the graph computes for it alone, and mutates hidden_states alone. Where a
+layer ends in a norm or hands on one tensor, nothing is in memory there, and bits do change.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,25 +31,36 @@ _CONTEXT_KEY = "microedit"
 _TOWERS = ("vision", "visual", "audio", "encoder", "draft", "mtp")
 
 
-@torch.library.custom_op(OP, mutates_args=("hidden_states", "residual"))
-def substitute(hidden_states: Tensor, residual: Tensor | None) -> None:
-    """Apply the current step's plan to a layer's output, [M, d] each, in place."""
-    if not is_forward_context_available():
-        return
-    context = get_forward_context()
-    state: EditState | None = context.no_compile_layers.get(_CONTEXT_KEY)
-    if state is None:
-        return
-    if context.cudagraph_runtime_mode == CUDAGraphMode.FULL and state.captured is not None:
-        # Runs while a graph is captured; replays do not come here.
-        state.captured.apply(hidden_states, residual)
-    else:
-        state.apply(hidden_states, residual)
+@torch.library.custom_op(OP, mutates_args=("hidden_states",))
+def substitute(hidden_states: Tensor, z: Tensor | None) -> None:
+    """Apply the current step's plan to what a layer hands on, in place.
+
+    Args:
+        hidden_states: the layer's output, [M, d]; what is added to it moves z by as much.
+        z: hidden_states + residual, [M, d], read only; None where hidden_states is z itself.
+    """
+    apply = _applies()
+    if apply is not None:
+        apply(hidden_states, z)
 
 
 @substitute.register_fake
-def _substitute_fake(hidden_states: Tensor, residual: Tensor | None) -> None:
+def _substitute_fake(hidden_states: Tensor, z: Tensor | None) -> None:
     return None
+
+
+def _applies() -> Callable[[Tensor, Tensor | None], None] | None:
+    """What the forward in progress has to do behind the layer; None when that is nothing."""
+    if not is_forward_context_available():
+        return None
+    context = get_forward_context()
+    state: EditState | None = context.no_compile_layers.get(_CONTEXT_KEY)
+    if state is None:
+        return None
+    if context.cudagraph_runtime_mode != CUDAGraphMode.NONE and state.captured is not None:
+        # A graph is being captured; replays do not come here.
+        return state.captured.apply
+    return None if state.plan is None else state.apply
 
 
 def register_state(vllm_config: Any, state: EditState) -> None:
@@ -95,10 +115,12 @@ def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
                 f"decoder layer {layer} returns {type(output).__name__} where its source said "
                 f"{form.value}; this architecture is not supported"
             )
-        z = output if single else output[0]
-        # Models of transformers keep a batch of one before the rows.
-        rows = z if z.ndim == 2 else z.view(-1, z.shape[-1])
-        substitute(rows, output[1] if fused else None)
+        # A compiled graph holds the op for every step; without one, idle steps go without.
+        if torch.compiler.is_compiling() or _applies():
+            hidden_states = output if single else output[0]
+            # Models of transformers keep a batch of one before the rows.
+            rows = hidden_states.view(-1, hidden_states.shape[-1])
+            substitute(rows, rows + output[1] if fused else None)
         return output
 
     module.forward = forward

@@ -114,6 +114,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     parallel.worker_cls = edit_worker_name(parallel.worker_cls)
     name = "EditAsyncScheduler" if scheduling.async_scheduling else "EditScheduler"
     scheduling.scheduler_cls = f"microedit_vllm.engine.scheduler.{name}"
+    _separate_cache(vllm_config.compilation_config, manifest.layer)
     check_requests(manifest)
     _adapt_graphs(vllm_config.compilation_config, manifest)
     serve_routes()
@@ -151,20 +152,21 @@ def _refuse_schedule(vllm_config: Any, folder: Path) -> None:
 
 
 def _adapt_graphs(compilation: Any, manifest: Manifest) -> None:
-    """Let our op run between the pieces of a compiled graph, and in full CUDA graphs where it can.
+    """CUDA graphs hold the edit change by threshold only (`captured_edit`)."""
+    from vllm.config import CUDAGraphMode
 
-    See `microedit_vllm.engine.captured_edit`; `vllm/config/compilation.py`.
+    if manifest.activation == "topk":
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _separate_cache(compilation: Any, layer: int) -> None:
+    """Keep graphs of other servers out of a compile cache folder that the user named.
+
+    vLLM's own folder carries a hash over `additional_config`; a named one is taken as it is, and
+    its graphs by number alone (`vllm/compilation/backends.py`), with or without the patch.
     """
-    from vllm.config import CompilationMode, CUDAGraphMode
-
-    from microedit_vllm.engine.layer_patch import OP
-
-    if compilation.mode == CompilationMode.VLLM_COMPILE and compilation.splitting_ops:
-        compilation.splitting_ops.append(OP)
-    graphs = compilation.cudagraph_mode
-    if manifest.activation == "topk" and graphs.has_full_cudagraphs():
-        piecewise = graphs.requires_piecewise_compilation()
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+    if compilation.cache_dir:
+        compilation.cache_dir = str(Path(compilation.cache_dir) / f"microedit-layer-{layer}")
 
 
 def _model_folder(model: Any) -> Path:

@@ -6,6 +6,7 @@ so that the worker processes need no patching.
 
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
@@ -81,7 +82,7 @@ class EditWorker:
         adapter = runner_adapter(self.model_runner, self._edit_manifest)
         state = EditState(self._edit_operator, adapter.num_slots())
         compilation = self.vllm_config.compilation_config
-        if state.device.type == "cuda" and compilation.cudagraph_mode.has_full_cudagraphs():
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
             state.prepare_capture(
                 compilation.max_cudagraph_capture_size,
                 self.vllm_config.scheduler_config.max_num_batched_tokens,

@@ -68,10 +68,11 @@ UNRELATED = [
 
 @dataclass(frozen=True)
 class Residuals:
-    """z of layer `LAYER` and token ids by prompt, from transformers in bf16."""
+    """z of a layer and token ids by prompt, from transformers in bf16."""
 
     tokenizer: Any
     model: Any
+    layer: int = LAYER
 
     def tokens(self, prompt: str) -> list[int]:
         return self.tokenizer(prompt).input_ids
@@ -80,7 +81,7 @@ class Residuals:
     def z(self, prompt: str) -> torch.Tensor:
         """[P, d] bf16."""
         ids = torch.tensor([self.tokens(prompt)])
-        return self.model(ids, output_hidden_states=True).hidden_states[LAYER + 1][0]
+        return self.model(ids, output_hidden_states=True).hidden_states[self.layer + 1][0]
 
     def ard(self, operator: EditOperator, prompt: str, edit_from: int | None = None) -> float:
         """What the operator makes of a prompt."""
@@ -93,20 +94,26 @@ class Residuals:
         return float(operator.ard(*operator.distances(window)))
 
 
-def make_edit_set(model: Path, residuals: Residuals, root: Path) -> Path:
-    """Write an SAE and a set that fires on `EDITED` and on none of `UNRELATED`; its folder."""
-    wanted = torch.cat([residuals.z(prompt)[1:] for prompt in EDITED]).float()
-    other = torch.cat([residuals.z(prompt)[1:] for prompt in UNRELATED]).float()
+def make_edit_set(
+    model: Path,
+    residuals: Residuals,
+    root: Path,
+    edited: list[str] = EDITED,
+    unrelated: list[str] = UNRELATED,
+) -> Path:
+    """Write an SAE and a set that fires on `edited` and on none of `unrelated`; its folder."""
+    wanted = torch.cat([residuals.z(prompt)[1:] for prompt in edited]).float()
+    other = torch.cat([residuals.z(prompt)[1:] for prompt in unrelated]).float()
     sae = _random_sae(torch.cat([wanted, other])).save(root / "sae")
     scoring = _scoring_change(sae, wanted, other)
     edit = DecoderChange(torch.arange(0, LATENTS, 2), _noise(LATENTS // 2, sae.d_in) * 20)
     norms = torch.cat([wanted, other]).norm(dim=-1)
     manifest = Manifest(
         model=ModelIdentity(
-            name="SmolLM2",
+            name=model.name,
             fingerprint=fingerprint_model(model),
             hidden_size=sae.d_in,
-            num_layers=30,
+            num_layers=residuals.model.config.num_hidden_layers,
             dtype="bfloat16",
         ),
         sae=SaeIdentity(
@@ -115,9 +122,9 @@ def make_edit_set(model: Path, residuals: Residuals, root: Path) -> Path:
             num_latents=LATENTS,
             k=K,
         ),
-        layer=LAYER,
+        layer=residuals.layer,
         solver="joint",
-        facts=len(EDITED),
+        facts=len(edited),
         decision=Decision(
             statistic="relative",
             tau=0.6,
@@ -128,7 +135,7 @@ def make_edit_set(model: Path, residuals: Residuals, root: Path) -> Path:
         activation="threshold",
         theta=0.0,
     )
-    draft = EditSet(manifest, scoring, edit, _no_golden(), [{"prompt": p} for p in EDITED])
+    draft = EditSet(manifest, scoring, edit, _no_golden(), [{"prompt": p} for p in edited])
     golden = EditOperator.build(draft, sae).golden_of(wanted[:4])
     replace(draft, golden=golden).save(root / "set")
     return root / "set"

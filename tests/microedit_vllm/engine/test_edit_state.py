@@ -45,7 +45,7 @@ def apply(
     """One step as the worker runs it."""
     state.feedback.poll()
     state.begin_step(plan_step(step(*requests), CPU))
-    state.apply(hidden, residual)
+    state.apply(hidden, None if residual is None else hidden + residual)
     state.end_step()
 
 

@@ -46,6 +46,16 @@ def test_a_plain_server_s_compile_cache_is_not_ours(make_config, edit_set):
     assert plain.compute_hash() != edited.compute_hash()
 
 
+def test_a_compile_cache_that_the_user_named_is_not_shared_with_a_plain_server(
+    make_config, edit_set, tmp_path
+):
+    named = {"cache_dir": str(tmp_path)}
+    plain = make_config(compilation_config=named)
+    edited = make_config(compilation_config=named, additional_config=setting(edit_set))
+    assert plain.compilation_config.cache_dir == str(tmp_path)
+    assert edited.compilation_config.cache_dir == str(tmp_path / f"microedit-layer-{LAYER}")
+
+
 def test_registering_twice_changes_nothing():
     from vllm import EngineArgs
 
