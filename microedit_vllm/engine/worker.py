@@ -13,7 +13,7 @@ from microedit_vllm.config import ServingConfig, summary
 from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.layer_patch import patch_layer, set_current_step
 from microedit_vllm.engine.records import external_id
-from microedit_vllm.engine.step_metadata import V1RunnerAdapter
+from microedit_vllm.engine.runner_v1 import V1RunnerAdapter
 from microedit_vllm.engine.step_plan import RequestState, StepRequest, plan_step
 from microedit_vllm.errors import MicroEditError
 
