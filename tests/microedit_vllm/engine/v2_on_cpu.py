@@ -32,6 +32,23 @@ def use_v2() -> None:
     triton.backends.backends["cpu"] = SimpleNamespace(
         driver=SimpleNamespace(is_active=lambda: True), compiler=None
     )
+    _mend_masks()
+
+
+def _mend_masks() -> None:
+    """Let the interpreter take masks that numpy made whole numbers of (it refuses them)."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def with_bool_mask(method: Any, place: int) -> Any:
+        def masked(self: Any, *args: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return method(self, *args)
+
+        return masked
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    InterpreterBuilder.create_masked_load = with_bool_mask(load, 1)
+    InterpreterBuilder.create_masked_store = with_bool_mask(store, 2)
 
 
 def schedule_asynchronously() -> None:
@@ -103,8 +120,17 @@ class Watch:
         return tables, slot_mappings
 
 
-def worker_of(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker
+def warm(worker: Any, watch: Watch) -> dict[str, Any]:
+    """What is told of vLLM's warm-up, which runs made-up requests before the first real one."""
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+
+    # Not `warmup_kernels`: some of its sampling kernels are beyond the interpreter.
+    ways = (worker.model_runner, worker.execute_model, worker.sample_tokens)
+    assert run_mixed_prefill_decode_warmup(*ways, num_tokens=16)
+    told = [request for step in watch.steps for request in step["told"]]
+    steps = len(watch.steps)
+    watch.steps.clear()
+    return {"steps": steps, "told": told, "new": list(watch.new)}
 
 
 def generate(llm: Any) -> list[list[int]]:
@@ -117,7 +143,10 @@ def generate(llm: Any) -> list[list[int]]:
         SamplingParams(temperature=0, max_tokens=60 + 7 * i, ignore_eos=True, extra_args=extra)
         for i, extra in enumerate(options)
     ]
-    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params)]
+    outputs = llm.generate(prompts, params)
+    # vLLM tells the worker with the next step that a request has finished.
+    llm.generate(["z"], SamplingParams(max_tokens=1))
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def main(model: str, options: dict[str, Any], out: Path) -> None:
@@ -136,30 +165,22 @@ def main(model: str, options: dict[str, Any], out: Path) -> None:
         num_gpu_blocks_override=12,
         **options,
     )
-    worker = worker_of(llm)
+    worker = llm.llm_engine.model_executor.driver_worker.worker
     watch = Watch(worker.model_runner)
+    warm_up = warm(worker, watch)
     texts = generate(llm)
-    steps = len(watch.steps)
-    worker.model_runner._dummy_run(4)
-    dummy_steps = len(watch.steps) - steps
-    from vllm.v1.worker.gpu.warmup import warmup_kernels
-
-    before = len(watch.new)
-    warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
-    out.write_text(
-        json.dumps(
-            {
-                "runner": f"{type(worker.model_runner).__module__}",
-                "num_slots": watch.num_slots,
-                "texts": texts,
-                "new": watch.new[:before],
-                "steps": watch.steps[:steps],
-                "dummy_steps": dummy_steps,
-                "warm_up": {"new": watch.new[before:], "steps": watch.steps[steps:]},
-                "left": sorted(watch.adapter._states),
-            }
-        )
-    )
+    real = len(watch.steps)
+    worker.model_runner._dummy_run(8)
+    result = {
+        "runner": type(worker.model_runner).__module__,
+        "num_slots": watch.num_slots,
+        "warm_up": warm_up,
+        "texts": texts,
+        "new": watch.new,
+        "steps": watch.steps[:real],
+        "dummy_steps": len(watch.steps) - real,
+    }
+    out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
