@@ -84,10 +84,13 @@ def _find(body: list[ast.stmt], path: list[str]) -> ast.stmt | None:
             found = _find(node.body, path[1:])
             if found is not None:
                 return found
-        elif isinstance(node, ast.ImportFrom) and len(path) == 1:
-            if path[0] in {alias.asname or alias.name for alias in node.names}:
-                return node
+        elif isinstance(node, ast.ImportFrom) and path in _bound(node):
+            return node
     return None
+
+
+def _bound(node: ast.ImportFrom) -> list[list[str]]:
+    return [[alias.asname or alias.name] for alias in node.names]
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -107,9 +110,9 @@ def _attributes(definition: ast.ClassDef) -> Iterator[str]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from (target.id for target in targets if isinstance(target, ast.Name))
     for inner in ast.walk(definition):
-        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
-            if isinstance(inner.value, ast.Name) and inner.value.id == "self":
-                yield inner.attr
+        match inner:
+            case ast.Attribute(value=ast.Name(id="self"), attr=attribute, ctx=ast.Store()):
+                yield attribute
 
 
 def _parameters(definition: _Function) -> list[str]:

@@ -1,4 +1,4 @@
-"""The list of vLLM's names against the vLLM that is installed, by reading it and by importing it."""
+"""The list of vLLM's names against the vLLM that is installed, read and imported."""
 
 import importlib
 import inspect
@@ -14,7 +14,8 @@ import pytest
 
 from microedit_vllm.engine import compatibility
 from microedit_vllm.engine.compatibility import changes_of, check_private_names
-from microedit_vllm.engine.private_names import PRIVATE_NAMES, PrivateName, table
+from microedit_vllm.engine.private_names import PRIVATE_NAMES, PrivateName
+from microedit_vllm.engine.private_names.table import table
 from microedit_vllm.errors import MicroEditError
 from tests.test_imports import ROOT, imported, modules, within
 
@@ -76,7 +77,7 @@ def test_every_import_of_vllm_is_on_the_list():
     packages |= {module.rpartition(".")[0] for module in packages}
     used = set()
     for path in modules(ENGINE):
-        if path.name == "private_names.py":
+        if path.parent.name == "private_names":
             continue
         used |= {name for name in imported(path) if within(name, "vllm")}
         # Names that are imported later, by a string.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +93,7 @@ def test_the_run_has_all_that_is_asked_of_the_adapter(run):
     assert any(
         (sorted(before) == sorted(after) and before != after)
         or [id_ for id_ in before if id_ in after] != [id_ for id_ in after if id_ in before]
-        for before, after in zip(orders, orders[1:], strict=False)
+        for before, after in pairwise(orders)
     )
 
 
