@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from microedit_vllm.config import KEY, ServingConfig, check_model, summary
+from microedit_vllm.engine.compatibility import check_private_names
 from microedit_vllm.errors import MicroEditError
 
 _EXIT_STATUS = 2
@@ -87,6 +88,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     setting = ServingConfig.from_additional_config(vllm_config.additional_config)
     if setting is None:
         return
+    check_private_names(vllm_config.use_v2_model_runner)
     _refuse_unsupported(vllm_config)
     from microedit_vllm.engine.frontend import check_requests, serve_routes
     from microedit_vllm.engine.worker import edit_worker_name

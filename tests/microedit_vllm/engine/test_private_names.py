@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from microedit_vllm.engine import compatibility
 from microedit_vllm.engine.compatibility import changes_of, check_private_names
 from microedit_vllm.engine.private_names import PRIVATE_NAMES, PrivateName
 from microedit_vllm.engine.private_names.table import table
+from microedit_vllm.engine.setup import _prepare
 from microedit_vllm.errors import MicroEditError
 from tests.test_imports import ROOT, imported, modules, within
 
@@ -121,6 +123,14 @@ def test_a_new_parameter_counts_in_the_test_but_not_at_start():
     fewer = replace(FUNCTION, parameters=())
     assert changes_of(fewer) == []
     assert changes_of(fewer, exact=True) != []
+
+
+def test_the_server_looks_before_anything_else(monkeypatch):
+    monkeypatch.setattr(compatibility, "PRIVATE_NAMES", [replace(CLASS, module="vllm.gone")])
+    setting = {"microedit": {"edit_set": "no folder"}}
+    config = SimpleNamespace(additional_config=setting, use_v2_model_runner=False)
+    with pytest.raises(MicroEditError, match=r"vllm\.gone is gone"):
+        _prepare(config, announce=False)
 
 
 @pytest.mark.parametrize("use_v2", [False, True])
