@@ -68,10 +68,15 @@ class DecisionFeedback:
     """Decisions for the host as they become known, without waiting for the device.
 
     On a device the copy to the host runs behind the step and is looked at in later ones.
+
+    Args:
+        tell_states: whether `RequestState.on` may be set as soon as a decision is known. Not where
+            ranks must do the same at the same time: they would learn of it at different steps.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tell_states: bool = True) -> None:
         self._device = device
+        self._tell_states = tell_states
         self._pending: list[tuple[list[tuple[RequestState, int]], Tensor, Any]] = []
         self._known: list[tuple[str, bool]] = []
 
@@ -93,7 +98,7 @@ class DecisionFeedback:
             for (state, version), is_on in zip(owners, on.tolist(), strict=True):
                 # A request that is computed again has a decision still to come.
                 if state.version == version:
-                    state.on = is_on
+                    state.on = is_on if self._tell_states else None
                     self._known.append((state.request_id, is_on))
 
     def drain(self) -> list[tuple[str, bool]]:

@@ -22,12 +22,13 @@ class EditState:
     Args:
         operator: on the worker's device.
         num_slots: slots of the KV cache group that the state follows.
+        in_step: whether other ranks must do the same in the same step.
     """
 
     # What full CUDA graphs hold; None where there are none.
     captured: CapturedEdit | None = None
 
-    def __init__(self, operator: EditOperator, num_slots: int) -> None:
+    def __init__(self, operator: EditOperator, num_slots: int, in_step: bool = False) -> None:
         self.device = operator.sae.W_enc.device
         self.operator = operator
         self.plan: StepPlan | None = None
@@ -37,7 +38,9 @@ class EditState:
         # One more for rows without a request: always off.
         self.on = torch.zeros(num_slots + 1, dtype=torch.bool, device=self.device)
         self.records = DecisionRecords(self.device)
-        self.feedback = DecisionFeedback(self.device)
+        # On the CPU a decision is known in its own step, on every rank.
+        at_once = self.device.type == "cpu" or not in_step
+        self.feedback = DecisionFeedback(self.device, tell_states=at_once)
 
     def prepare_capture(self, max_rows: int, max_tokens: int, dtype: torch.dtype) -> None:
         """Make the buffers of full CUDA graphs, before any is captured; see `CapturedEdit`."""

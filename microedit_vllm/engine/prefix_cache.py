@@ -13,8 +13,8 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 from microedit_vllm.artifact import Manifest
+from microedit_vllm.engine.kv_group import followed_group
 from microedit_vllm.engine.request_plan import RequestPlan, plan_request
-from microedit_vllm.engine.step_metadata import followed_group
 
 _PLAN, _OFF, _NOTED = "microedit_plan", "microedit_off", "microedit_noted_blocks"
 
@@ -37,14 +37,16 @@ class EditPrefixCache:
         manager.block_pool.get_new_blocks = self.get_new_blocks
 
     def plan(self, request: Any) -> RequestPlan | None:
-        """The request's plan, made once."""
-        if not hasattr(request, _PLAN):
-            params = request.sampling_params
-            plan = None
+        """The request's plan, made once per prompt (that of a streamed input grows)."""
+        length = len(request.prompt_token_ids or ())
+        known, plan = getattr(request, _PLAN, (None, None))
+        if known != length:
+            params, plan = request.sampling_params, None
             if params is not None:
                 plan = plan_request(request.prompt_token_ids, params.extra_args, self._manifest)
-            setattr(request, _PLAN, plan)
-        return getattr(request, _PLAN)
+            setattr(request, _PLAN, (length, plan))
+            self.decided(request, None)
+        return plan
 
     def decided(self, request: Any, on: bool | None) -> None:
         """Note a decision; None when the request is going to be computed again."""

@@ -1,13 +1,19 @@
-"""The V1 model runner (`vllm/v1/worker/gpu_model_runner.py`, `cpu_model_runner.py`)."""
+"""The adapter for the V1 model runner, which CPUs run, and GPUs on request.
+
+`vllm/v1/worker/gpu_model_runner.py`, `vllm/v1/worker/cpu_model_runner.py`. `_prepare_inputs` is
+called for real steps only; behind it the order of the requests, their rows and the block tables are
+final, and the CUDA graph is chosen next, by `_determine_batch_execution_and_padding`.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.config.compilation import CUDAGraphMode
 
 from microedit_vllm.artifact import Manifest
+from microedit_vllm.engine.kv_group import followed_group
 from microedit_vllm.engine.request_plan import plan_request
-from microedit_vllm.engine.step_metadata import RequestState, Step, StepRequest, followed_group
+from microedit_vllm.engine.step_metadata import RequestState, Step, StepRequest
 
 _ATTRIBUTE = "microedit_state"
 
@@ -19,47 +25,38 @@ class V1RunnerAdapter:
         self._runner = runner
         self._manifest = manifest
         self._group = 0
-        self._avoid_full_graph = False
+        self._no_graph = False
 
     def num_slots(self) -> int:
-        """See `RunnerAdapter`."""
+        """See `RunnerAdapter.num_slots`."""
         self._group, slots = followed_group(self._runner.kv_cache_config)
         return slots
 
     def attach(
         self,
         on_step: Callable[[Step], bool],
-        after_step: Callable[[], None],
         on_new_request: Callable[[RequestState], None],
     ) -> None:
-        """Wrap `_prepare_inputs` and `_model_forward`, which real steps alone go through, and
-        `CudagraphDispatcher.dispatch`, which lies between the two."""
+        """See `RunnerAdapter.attach`; once per runner, behind `num_slots`."""
         runner = self._runner
-        prepare_inputs, forward = runner._prepare_inputs, runner._model_forward
-        dispatch = runner.cudagraph_dispatcher.dispatch
+        prepare_inputs = runner._prepare_inputs
+        choose_graph = runner._determine_batch_execution_and_padding
         self._on_new_request = on_new_request
 
         def prepare(*args: Any, **kwargs: Any) -> Any:
             inputs = prepare_inputs(*args, **kwargs)
-            self._avoid_full_graph = on_step(self._step())
+            self._no_graph = on_step(self._step())
             return inputs
 
-        def choose_graph(*args: Any, **kwargs: Any) -> Any:
-            if self._avoid_full_graph:
-                excluded = kwargs.get("invalid_modes") or set()
-                kwargs["invalid_modes"] = excluded | {CUDAGraphMode.FULL}
-            return dispatch(*args, **kwargs)
-
-        def model_forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._avoid_full_graph = False
-                after_step()
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            mode, *rest = choose_graph(*args, **kwargs)
+            if self._no_graph:
+                # The padding stays, so that rows which are off are computed as ever.
+                mode, self._no_graph = CUDAGraphMode.NONE, False
+            return mode, *rest
 
         runner._prepare_inputs = prepare
-        runner.cudagraph_dispatcher.dispatch = choose_graph
-        runner._model_forward = model_forward
+        runner._determine_batch_execution_and_padding = choose
 
     def _step(self) -> Step:
         batch = self._runner.input_batch
@@ -68,9 +65,8 @@ class V1RunnerAdapter:
         requests = []
         for index, request_id in enumerate(batch.req_ids):
             state = self._state(request_id)
-            plan = state.plan
             # A request that is known to be off needs nothing more.
-            if plan is None or (state.on is False and computed[index] > plan.edit_from):
+            if state.plan is None or (state.on is False and computed[index] > state.plan.edit_from):
                 continue
             rows = first_rows[index + 1] - first_rows[index]
             requests.append(StepRequest(state, index, first_rows[index], rows, computed[index]))
@@ -80,14 +76,16 @@ class V1RunnerAdapter:
     def _state(self, request_id: str) -> RequestState:
         """Our state of a request, kept on vLLM's own record so that both end together."""
         cached = self._runner.requests[request_id]
-        state = getattr(cached, _ATTRIBUTE, None)
-        if state is None:
+        length = len(cached.prompt_token_ids or ())
+        known, state = getattr(cached, _ATTRIBUTE, (None, None))
+        # A request that streams its input keeps its record and gets a longer prompt.
+        if state is None or known != length:
             state = RequestState(request_id, None)
             params = cached.sampling_params
             if params is not None:
                 state.plan = plan_request(
                     cached.prompt_token_ids, params.extra_args, self._manifest
                 )
-            setattr(cached, _ATTRIBUTE, state)
+            setattr(cached, _ATTRIBUTE, (length, state))
             self._on_new_request(state)
         return state

@@ -11,6 +11,7 @@ from typing import Any
 from microedit_vllm.artifact import Manifest
 from microedit_vllm.config import KEY, ServingConfig, check_model, summary
 from microedit_vllm.engine.architectures import refuse_architecture
+from microedit_vllm.engine.compatibility import check_private_names
 from microedit_vllm.errors import MicroEditError
 
 _EXIT_STATUS = 2
@@ -89,6 +90,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     setting = ServingConfig.from_additional_config(vllm_config.additional_config)
     if setting is None:
         return
+    check_private_names(vllm_config.use_v2_model_runner)
     _refuse_unsupported(vllm_config)
     refuse_architecture(vllm_config)
     from microedit_vllm.engine.frontend import check_requests, serve_routes
@@ -125,7 +127,6 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
 def _refuse_unsupported(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     reasons = {
-        "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         "a custom --scheduler-cls": vllm_config.scheduler_config.scheduler_cls is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,

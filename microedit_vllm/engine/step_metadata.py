@@ -6,13 +6,11 @@ runner of the CPU engine and of older GPU servers, `runner_v2` for Model Runner 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from microedit_vllm.engine.request_plan import RequestPlan
-from microedit_vllm.errors import MicroEditError
 
 
 @dataclass
@@ -39,7 +37,7 @@ class StepRequest:
     """One request's share of a step; host numbers only.
 
     Attributes:
-        index: its row in the step's block table.
+        index: its row in the block table.
         first_row: its first row in the batch's hidden states; row i of the share is the token at
             position `first_position` + i.
         first_position: exact while the prompt is computed; while tokens are generated it may be
@@ -59,7 +57,7 @@ class Step:
 
     Attributes:
         block_table: [rows, blocks] int32 on the device, of the KV cache group that the state
-            follows.
+            follows; what it holds when the forward runs is what counts.
         block_size: tokens in one of its blocks.
     """
 
@@ -75,37 +73,19 @@ class RunnerAdapter(Protocol):
         """KV slots of the group that the state follows, once the KV cache is sized.
 
         Raises:
-            MicroEditError: see `followed_group`.
+            MicroEditError: see `microedit_vllm.engine.kv_group.followed_group`.
         """
 
     def attach(
         self,
         on_step: Callable[[Step], bool],
-        after_step: Callable[[], None],
         on_new_request: Callable[[RequestState], None],
     ) -> None:
-        """Call back around every real forward, never for profiling, warm-up or capture.
+        """Call back for every real step, never for profiling, warm-up or capture.
 
-        `on_new_request` is called once per request; `on_step` before the runner chooses a CUDA
-        graph for the step, and where it returns True, the step must not run in a full graph;
-        `after_step` once the forward has returned.
+        `on_new_request` is called once per request; `on_step` when the step's inputs are known and
+        its CUDA graph is not. Where `on_step` returns True, the step must run without one.
+
+        Raises:
+            MicroEditError: a feature of vLLM is on that lays a step's rows out in another way.
         """
-
-
-def followed_group(kv_cache_config: Any) -> tuple[int, int]:
-    """The KV cache group that the state follows: its index and its number of slots.
-
-    The first one with full attention only, because it keeps every token of a running request.
-
-    Raises:
-        MicroEditError: there is none: the state of old tokens would be freed with their KV.
-    """
-    for group, candidate in enumerate(kv_cache_config.kv_cache_groups):
-        spec = candidate.kv_cache_spec
-        specs = getattr(spec, "kv_cache_specs", {"": spec}).values()
-        if all(isinstance(each, FullAttentionSpec) for each in specs):
-            return group, kv_cache_config.num_blocks * spec.block_size
-    raise MicroEditError(
-        "the model has no layer with full attention, so the KV cache forgets the decision; "
-        "such models are not supported"
-    )

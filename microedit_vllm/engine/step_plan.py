@@ -40,10 +40,15 @@ class StepPlan:
     edited_rows: Tensor
     decision_slots: Tensor
 
-    @property
-    def decides_or_scores(self) -> bool:
-        """Whether the step needs more than the substitution of decided rows."""
-        return bool(self.deciding) or len(self.scored_rows) > 0
+
+def scores_or_decides(step: Step) -> bool:
+    """Whether a step needs more than the substitution of rows that are decided."""
+    return any(
+        request.state.plan is not None
+        and request.first_position <= request.state.plan.edit_from
+        and request.first_position + request.num_rows > request.state.plan.scored_from
+        for request in step.requests
+    )
 
 
 def plan_step(step: Step, device: torch.device) -> StepPlan | None:

@@ -14,15 +14,16 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
 )
 
-from microedit_vllm.artifact import EditOperator, Manifest
+from microedit_vllm.artifact import EditOperator
 from microedit_vllm.config import ServingConfig, summary
 from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.layer_patch import patch_layer, register_state
 from microedit_vllm.engine.parallel import load_operator
 from microedit_vllm.engine.records import attach_decisions, external_id
 from microedit_vllm.engine.runner_v1 import V1RunnerAdapter
+from microedit_vllm.engine.runner_v2 import V2RunnerAdapter
 from microedit_vllm.engine.step_metadata import RequestState, RunnerAdapter, Step
-from microedit_vllm.engine.step_plan import plan_step
+from microedit_vllm.engine.step_plan import plan_step, scores_or_decides
 from microedit_vllm.errors import MicroEditError
 
 BASES = {
@@ -41,11 +42,6 @@ def edit_worker_name(worker_cls: str) -> str:
         if worker_cls == base:
             return f"{__name__}.{name}"
     raise MicroEditError(f"edits cannot be served by the worker {worker_cls}")
-
-
-def runner_adapter(runner: Any, manifest: Manifest) -> RunnerAdapter:
-    """The adapter for a model runner."""
-    return V1RunnerAdapter(runner, manifest)
 
 
 class EditWorker:
@@ -75,39 +71,57 @@ class EditWorker:
             self._edit_operator = load_operator(setting, self.model_runner.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Size the KV cache, then the state beside it, before any graph is captured."""
+        """Size the KV cache, then the state beside it, before any graph is captured.
+
+        Every rank follows the steps, also one without the layer: what they do without a graph they
+        do together.
+        """
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
-        if not self._edit_here:
-            return
-        adapter = runner_adapter(self.model_runner, self._edit_manifest)
-        state = EditState(self._edit_operator, adapter.num_slots())
-        compilation = self.vllm_config.compilation_config
+        adapter = self._edit_runner_adapter()
+        slots = adapter.num_slots()
+        if self._edit_here:
+            self._edit_state = self._edit_make_state(slots)
+            register_state(self.vllm_config, self._edit_state)
+        adapter.attach(self._edit_step, self._edit_new_request)
+
+    def _edit_runner_adapter(self) -> RunnerAdapter:
+        if self.vllm_config.use_v2_model_runner:
+            return V2RunnerAdapter(self.model_runner, self._edit_manifest)
+        return V1RunnerAdapter(self.model_runner, self._edit_manifest)
+
+    def _edit_make_state(self, slots: int) -> EditState:
+        config = self.vllm_config
+        in_step = config.parallel_config.tensor_parallel_size > 1
+        state = EditState(self._edit_operator, slots, in_step)
+        compilation = config.compilation_config
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
             state.prepare_capture(
                 compilation.max_cudagraph_capture_size,
-                self.vllm_config.scheduler_config.max_num_batched_tokens,
-                self.vllm_config.model_config.dtype,
+                config.scheduler_config.max_num_batched_tokens,
+                config.model_config.dtype,
             )
-        register_state(self.vllm_config, state)
-        adapter.attach(self._edit_step, state.end_step, self._edit_new_request)
-        self._edit_state = state
+        return state
 
     def _edit_step(self, step: Step) -> bool:
         state = self._edit_state
-        assert state is not None
-        state.feedback.poll()
-        plan = plan_step(step, state.device)
-        state.begin_step(plan)
-        return plan is not None and plan.decides_or_scores
+        if state is not None:
+            state.feedback.poll()
+            state.begin_step(plan_step(step, state.device))
+        return scores_or_decides(step)
 
     def _edit_new_request(self, request: RequestState) -> None:
-        assert self._edit_state is not None
-        if request.plan is None:
+        if request.plan is None and self._edit_state is not None:
             self._edit_state.records.write_off(external_id(request.request_id))
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As ever; the output carries the decisions that have become known."""
-        return self._edit_report(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+        try:
+            output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            # What runs between two steps (dummy batches, drafts) has no plan.
+            if self._edit_state is not None:
+                self._edit_state.end_step()
+        return self._edit_report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """See `execute_model`: one of the two returns the step's output."""
