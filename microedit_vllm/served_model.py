@@ -33,7 +33,9 @@ class ServedModel:
         try:
             return cls(client, next(iter(client.models.list())).id)
         except (OpenAIError, StopIteration, ValueError) as error:
-            raise MicroEditError(f"no server with a model answers at {base_url}: {error}") from error
+            raise MicroEditError(
+                f"no server with a model answers at {base_url}: {error}"
+            ) from error
 
     def edit_set(self) -> dict[str, Any]:
         """What `GET /v1/microedit` shows of the loaded set.
