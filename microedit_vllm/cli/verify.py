@@ -1,6 +1,7 @@
 """`microedit verify`: golden prompts sent to a server, or to vLLM offline."""
 
 import json
+import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from microedit_vllm.artifact import GoldenPrompt
 
 MISSING = "-"
+# No more memory than a few prompts need, and nothing of vLLM's between the lines of the report.
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
 
 
 class Dtype(StrEnum):
@@ -82,9 +89,12 @@ def _ask_server(url: str, edit_set: EditSet, dtype: Dtype | None, api_key: str) 
 def _ask_engine(
     model: str, folder: Path, edit_set: EditSet, sae: Path | None, dtype: Dtype | None
 ) -> Report:
+    prompts = golden_prompts_of(edit_set)
+    # Before vLLM is imported.
+    for name, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from microedit_vllm.engine.golden_prompts import verification_engine, verify_llm
 
-    prompts = golden_prompts_of(edit_set)
     served = dtype or edit_set.manifest.model.dtype
     with verification_engine(model, folder, sae, prompts, served) as llm:
         return verify_llm(llm, edit_set, served)

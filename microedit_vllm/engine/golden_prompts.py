@@ -1,6 +1,5 @@
 """Golden prompts through `vllm.LLM`."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +15,6 @@ from microedit_vllm.verification.comparison import (
     golden_prompts_of,
     num_tokens,
 )
-
-# For a process that does nothing but verify: no more memory than a few prompts need, and nothing
-# of vLLM's between the lines of a report.
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-}
 
 
 def verify_llm(llm: Any, edit_set: EditSet, dtype: str | None = None) -> Report:
@@ -68,8 +59,6 @@ def verification_engine(
     Raises:
         MicroEditError: vLLM is not installed, or cannot serve the model with the set.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     setting = {"edit_set": str(edit_set), "sae": None if sae is None else str(sae)}
     try:
         from vllm import LLM
