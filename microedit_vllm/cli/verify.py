@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,7 +70,7 @@ def verify(
         else _ask_engine(str(model), edit_set, loaded, sae, dtype)
     )
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         _print(report)
     if report.findings:
@@ -109,14 +108,7 @@ def _print(report: Report) -> None:
     for number, (prompt, found) in enumerate(rows, start=1):
         table.add_row(str(number), *_cells(prompt, found))
     console.print(table)
-    for finding in report.findings:
-        console.print(f"[red]{finding.name}[/]: {escape(finding.message)}")
-    if not report.findings:
-        right = report.deviations["right"]
-        console.print(
-            f"{len(report.prompts)} golden prompts as the trainer computed them "
-            f"(ARD within {right:.2%} in the mean)"
-        )
+    console.print(escape(report.line), style="red" if report.findings else None)
 
 
 def _cells(prompt: "GoldenPrompt", found: Observation) -> list[str]:

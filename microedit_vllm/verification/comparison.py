@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from microedit_vllm.artifact import EditSet, GoldenPrompt, Misreading
 from microedit_vllm.errors import MicroEditError
@@ -92,6 +92,25 @@ class Report:
     observations: tuple[Observation, ...]
     deviations: dict[str, float]
     findings: list[Finding]
+
+    @property
+    def line(self) -> str:
+        """All of it in one line for a person."""
+        if self.findings:
+            return "; ".join(f"{finding.name}: {finding.message}" for finding in self.findings)
+        return (
+            f"{len(self.prompts)} golden prompts as the trainer computed them "
+            f"(ARD off by {self.deviations['right']:.2%} in the mean)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `microedit verify --json` prints."""
+        pairs = zip(self.prompts, self.observations, strict=True)
+        return {
+            "findings": [asdict(finding) for finding in self.findings],
+            "deviations": self.deviations,
+            "prompts": [{"expected": p.model_dump(), "found": asdict(o)} for p, o in pairs],
+        }
 
 
 def golden_prompts_of(edit_set: EditSet) -> tuple[GoldenPrompt, ...]:

@@ -128,7 +128,7 @@ def test_the_server_passes_its_self_check(server, edit_set, capsys):
     assert status == 0
     report = json.loads(out)
     assert report["findings"] == []
-    assert [found["on"] for found in report["observations"]] == [True] * 2 + [False] * 4
+    assert [prompt["found"]["on"] for prompt in report["prompts"]] == [True] * 2 + [False] * 4
 
 
 def test_a_finding_is_status_1(server, copied_set, capsys):
