@@ -94,7 +94,7 @@ def _ask_engine(
         os.environ.setdefault(name, value)
     from microedit_vllm.engine.golden_prompts import verification_engine, verify_llm
 
-    served = dtype or edit_set.manifest.model.dtype
+    served = edit_set.manifest.model.dtype if dtype is None else dtype.value
     with verification_engine(model, folder, sae, prompts, served) as llm:
         return verify_llm(llm, edit_set, served)
 
