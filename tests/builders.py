@@ -8,6 +8,7 @@ from microedit_vllm.artifact import (
     EditOperator,
     EditSet,
     Golden,
+    GoldenPrompt,
     Manifest,
     Scope,
     SparseAutoencoder,
@@ -67,6 +68,24 @@ def tiny_change(
     return DecoderChange(torch.tensor(rows, dtype=torch.int64), values.to(dtype))
 
 
+def tiny_golden_prompts() -> tuple[GoldenPrompt, ...]:
+    """Four prompts, in turn on and off under a τ of 0.9; no model stands behind them."""
+    right = (0.2, 1.1, 0.3, 1.3)
+    misread = {"layer_before": 1.5, "layer_after": 2.0, "hidden_states_alone": 3.0}
+    return tuple(
+        GoldenPrompt(
+            token_ids=(5, 6, 7, number),
+            edit_from=3,
+            ard=ard,
+            on=ard < 0.9,
+            edited=(20, 21) if ard < 0.9 else (30,),
+            plain=(30,),
+            misread={name: ard * factor for name, factor in misread.items()},
+        )
+        for number, ard in enumerate(right)
+    )
+
+
 def tiny_edit_set(sae: SparseAutoencoder, shared: bool = False, **changes) -> EditSet:
     """An edit set whose golden activations are what `sae` and the set really compute.
 
@@ -94,4 +113,4 @@ def tiny_edit_set(sae: SparseAutoencoder, shared: bool = False, **changes) -> Ed
     draft = EditSet(manifest, scoring, edit, placeholder, facts)
     z = torch.randn(3, sae.d_in, generator=torch.Generator().manual_seed(3))
     golden = EditOperator.build(draft, sae).golden_of(z)
-    return EditSet(manifest, scoring, edit, golden, facts)
+    return EditSet(manifest, scoring, edit, golden, facts, tiny_golden_prompts())

@@ -84,7 +84,14 @@ def test_vllm_is_imported_in_the_engine_folder_only():
 
 
 @pytest.mark.parametrize(
-    "name", ["microedit_vllm", "microedit_vllm.artifact", "microedit_vllm.cli.main"]
+    "name",
+    [
+        "microedit_vllm",
+        "microedit_vllm.artifact",
+        "microedit_vllm.cli.main",
+        "microedit_vllm.cli.verify",
+        "microedit_vllm.verification",
+    ],
 )
 def test_importing_does_not_import_vllm(name):
     check = f"import sys, {name}; sys.exit('vllm' in sys.modules)"

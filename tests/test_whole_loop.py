@@ -75,6 +75,12 @@ def test_unrelated_answers_are_those_of_the_plain_model(server):
         assert answer.text == plain.choices[0].text
 
 
+def test_the_server_passes_the_set_s_self_check(server, folder):
+    prompts = EditSet.load(folder / "set").golden_prompts
+    assert {True, False} == {prompt.on for prompt in prompts}
+    microedit("verify", folder / "set", "--url", str(server.client.base_url))
+
+
 def test_both_engines_score_alike(server, folder, smollm2):
     edit_set = EditSet.load(folder / "set")
     sae = SparseAutoencoder.load(edit_set.sae_folder(folder / "set"))

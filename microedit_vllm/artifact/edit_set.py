@@ -11,6 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microedit_vllm.artifact.atomic import atomic_folder
+from microedit_vllm.artifact.golden_prompts import (
+    GoldenPrompt,
+    read_golden_prompts,
+    write_golden_prompts,
+)
 from microedit_vllm.artifact.manifest import Manifest, read_manifest
 from microedit_vllm.artifact.sae import SparseAutoencoder
 from microedit_vllm.artifact.tensors import expect, expect_indices, read_tensors
@@ -19,6 +24,7 @@ from microedit_vllm.errors import MicroEditError
 MANIFEST = "microedit.json"
 EDITS = "edits.safetensors"
 GOLDEN = "golden.safetensors"
+GOLDEN_PROMPTS = "golden_prompts.json"
 FACTS = "facts.jsonl"
 VALUES_DTYPE = torch.bfloat16
 
@@ -70,6 +76,7 @@ class EditSet:
         edit: the change that is added from the decision position on; the very same object as
             `scoring` in the paper's own form.
         facts: one JSON object per fact, with its own ARD and scores.
+        golden_prompts: what `microedit verify` sends; empty in sets of older releases.
     """
 
     manifest: Manifest
@@ -77,6 +84,7 @@ class EditSet:
     edit: DecoderChange
     golden: Golden
     facts: list[dict[str, Any]] = field(default_factory=list)
+    golden_prompts: tuple[GoldenPrompt, ...] = ()
 
     @property
     def is_shared(self) -> bool:
@@ -92,6 +100,7 @@ class EditSet:
             save_file(golden, draft / GOLDEN)
             lines = (json.dumps(fact, ensure_ascii=False) + "\n" for fact in self.facts)
             (draft / FACTS).write_text("".join(lines), encoding="utf-8")
+            write_golden_prompts(self.golden_prompts, draft / GOLDEN_PROMPTS)
 
     def _change_tensors(self) -> dict[str, Tensor]:
         changes = (
@@ -121,7 +130,9 @@ class EditSet:
         shared = "edit.indices" not in tensors and "edit.values" not in tensors
         edit = scoring if shared else _read_change(tensors, "edit", n, d, folder / EDITS)
         golden = _read_golden(folder / GOLDEN, manifest)
-        return cls(manifest, scoring, edit, golden, _read_facts(folder / FACTS))
+        facts = _read_facts(folder / FACTS)
+        prompts = read_golden_prompts(folder / GOLDEN_PROMPTS)
+        return cls(manifest, scoring, edit, golden, facts, prompts)
 
     def sae_folder(self, folder: Path, override: Path | None = None) -> Path:
         """Where this set's SAE lies: `override`, else the manifest's path seen from `folder`."""

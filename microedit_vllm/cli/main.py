@@ -14,7 +14,10 @@ from microedit_vllm import __version__
 from microedit_vllm.errors import MicroEditError
 
 COMMANDS = "microedit.commands"
-OWN_COMMANDS = (EntryPoint("inspect", "microedit_vllm.cli.inspect:inspect", COMMANDS),)
+OWN_COMMANDS = (
+    EntryPoint("inspect", "microedit_vllm.cli.inspect:inspect", COMMANDS),
+    EntryPoint("verify", "microedit_vllm.cli.verify:verify", COMMANDS),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -92,6 +92,19 @@ def test_ordinary_prompts_stay_off(made):
         assert calibration["fires"]["swapped"] <= 0.05
 
 
+def test_the_set_carries_golden_prompts_that_are_clear(made, lm, sae):
+    _, out = made
+    loaded = EditSet.load(out)
+    tau = loaded.manifest.decision.tau
+    prompts = loaded.golden_prompts
+    assert {prompt.on for prompt in prompts} == {True, False}
+    assert len(prompts) <= 12
+    own = {tuple(lm.tokenizer(fact.prompt).input_ids) for fact in FACTS}
+    for prompt in prompts:
+        assert abs(prompt.ard - tau) >= 0.149 * tau
+        assert prompt.on or prompt.token_ids not in own
+
+
 def test_jointly_edited_facts_switch_on_and_answer_in_both_contexts(lm, sae, sae_folder, tmp_path):
     run = EditRun(lm, sae, sae_folder, replace(SETTINGS["joint"], near_rate=1.0))
     found = run.edit(FACTS, tmp_path / "set", no_progress)
@@ -130,7 +143,8 @@ def test_a_killed_run_gives_what_an_unbroken_one_gives(made, run_of, tmp_path, m
     left = (len(FACTS) - done) * (1 if name == "joint" else 2)
     assert len(solved) == left
     assert (out / EDITS).read_bytes() == (whole / EDITS).read_bytes()
-    assert content(out)["golden.safetensors"] == content(whole)["golden.safetensors"]
+    for golden in ("golden.safetensors", "golden_prompts.json"):
+        assert content(out)[golden] == content(whole)[golden]
     assert droppings(tmp_path) == []
 
 

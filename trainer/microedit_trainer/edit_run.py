@@ -19,6 +19,7 @@ from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, swap_subjects
+from microedit_trainer.golden_prompts import golden_prompts
 from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.solvers import EditProblem, Solution, Solver
 from microedit_trainer.solvers.resume import open_work_folder
@@ -28,6 +29,7 @@ from microedit_vllm.artifact import (
     EditOperator,
     EditSet,
     Golden,
+    GoldenPrompt,
     Manifest,
     Scope,
     SparseAutoencoder,
@@ -39,6 +41,8 @@ from microedit_vllm.artifact.manifest import ModelIdentity, SaeIdentity
 from microedit_vllm.errors import MicroEditError
 
 GOLDEN_TOKENS = 16
+# Facts among which the golden prompts are looked for.
+GOLDEN_FACTS = 16
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ class EditRun:
         calibration = self._calibrate(engine, facts)
         manifest = _with_tau(draft.manifest, calibration)
         operator = EditOperator.build(replace(draft, manifest=manifest), self.sae)
-        lines = self._fact_lines(replace(engine, operator=operator), facts)
+        engine = replace(engine, operator=operator)
+        lines = self._fact_lines(engine, facts)
         scores = {
             "rel": _mean([line["rel"] for line in lines]),
             "calibration": calibration.to_json(),
@@ -212,7 +217,8 @@ class EditRun:
             **solution.report,
         }
         manifest = manifest.model_copy(update={"scores": scores})
-        return replace(draft, manifest=manifest, facts=lines)
+        prompts = self._golden_prompts(engine, facts)
+        return replace(draft, manifest=manifest, facts=lines, golden_prompts=prompts)
 
     def _manifest(self, facts: Sequence[Fact], solution: Solution, out: Path) -> Manifest:
         settings = self.settings
@@ -290,6 +296,23 @@ class EditRun:
             near=near,
             ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
             fixed=self.settings.tau,
+        )
+
+    def _golden_prompts(
+        self, engine: TorchEngine, facts: Sequence[Fact]
+    ) -> tuple[GoldenPrompt, ...]:
+        """Prompts that τ was calibrated on: some facts' own, near ones, and ordinary ones."""
+
+        def golden(prompts: Sequence[str], on: bool, count: int) -> list[GoldenPrompt]:
+            names = self.context_names
+            rendered = [self.contexts.render(n, p) for p in prompts for n in names]
+            return golden_prompts(engine, rendered, on, count)
+
+        near = swap_subjects(facts, unedited_subjects(self.settings.hold_out))
+        return (
+            *golden([f.prompt for f in facts[:GOLDEN_FACTS]], on=True, count=8),
+            *golden(near[:GOLDEN_FACTS], on=False, count=2),
+            *golden(ordinary_lines()[1::2][:GOLDEN_FACTS], on=False, count=2),
         )
 
     def _fact_lines(self, engine: TorchEngine, facts: Sequence[Fact]) -> list[dict[str, Any]]:

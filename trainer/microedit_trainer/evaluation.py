@@ -56,9 +56,10 @@ class TorchEngine:
     @torch.no_grad()
     def ards(self, prompts: Sequence[PromptTokens]) -> Tensor:
         """The decision's statistic of each prompt: [N] fp32."""
-        return torch.stack([self._ard(p) for p in self._stored(prompts)])
+        return torch.stack([self.ard(p) for p in self._stored(prompts)])
 
-    def _ard(self, prompt: StoredPrompt) -> Tensor:
+    def ard(self, prompt: StoredPrompt) -> Tensor:
+        """The decision's statistic of one prompt's residuals: scalar fp32."""
         return self.operator.ard(*self.operator.distances(prompt.z[prompt.scored]))
 
     @torch.no_grad()
@@ -66,13 +67,14 @@ class TorchEngine:
         if not prompts:
             return []
         stored = self._stored(prompts)
-        ards = [self._ard(p) for p in stored]
+        ards = [self.ard(p) for p in stored]
         on = [bool(self.operator.is_on(ard)) for ard in ards]
-        residuals = [self._substituted(p) if o else p.z for p, o in zip(stored, on, strict=True)]
+        residuals = [self.substituted(p) if o else p.z for p, o in zip(stored, on, strict=True)]
         answers = predictions(self.lm, self.operator.edit_set.manifest.layer, stored, residuals)
         return [Outcome(a, float(r), o) for a, r, o in zip(answers, ards, on, strict=True)]
 
-    def _substituted(self, prompt: StoredPrompt) -> Tensor:
+    def substituted(self, prompt: StoredPrompt) -> Tensor:
+        """z of a prompt whose switch is on, as the layers above get it: [P + A, d], z's dtype."""
         z = prompt.z.clone()
         start = 1 if self.operator.edit_set.manifest.position == "sequence" else prompt.edited.start
         z[start:] = self.operator.edited(prompt.z[start:]).to(z.dtype)

@@ -10,33 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from openai import DefaultHttpxClient, OpenAI
 from torch import Tensor
 
 from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.evaluation import Outcome
-from microedit_vllm.errors import MicroEditError
+from microedit_vllm.served_model import ServedModel
 
 
 @dataclass(frozen=True)
-class ServerEngine:
-    """A MicroEdit server on loopback or elsewhere."""
+class ServerEngine(ServedModel):
+    """A MicroEdit server that runs the prompts."""
 
-    client: OpenAI
-    model: str
     concurrency: int = 16
-
-    @classmethod
-    def connect(cls, base_url: str, api_key: str = "none") -> "ServerEngine":
-        """Connect to a server; `base_url` is without /v1."""
-        # No proxy from the environment: the server is named by the user.
-        client = OpenAI(
-            base_url=f"{base_url.rstrip('/')}/v1",
-            api_key=api_key,
-            http_client=DefaultHttpxClient(trust_env=False),
-            timeout=600,
-        )
-        return cls(client, next(iter(client.models.list())).id)
 
     def edited(self, prompts: Sequence[PromptTokens]) -> list[Outcome]:
         """Answers, ARD and switch with the edit set."""
@@ -55,21 +40,6 @@ class ServerEngine:
             return _greedy(self._complete(prompt, {"microedit": "off"}), prompt)
 
         return self._spread(ask, prompts)
-
-    def decision(self, request_id: str) -> dict[str, Any]:
-        """What the switch decided for a request: `ard` (+∞ if nothing was scored), `tau`, `on`.
-
-        Raises:
-            MicroEditError: the server does not know the request.
-        """
-        try:
-            found = self.client.get(f"/microedit/requests/{request_id}", cast_to=dict[str, Any])
-        except Exception as error:
-            raise MicroEditError(
-                f"the server tells no decision for {request_id}: {error}"
-            ) from error
-        ard = found.get("ard")
-        return {**found, "ard": float("inf") if ard is None else float(ard)}
 
     def _complete(self, prompt: PromptTokens, options: dict[str, Any]) -> Any:
         return self.client.completions.create(

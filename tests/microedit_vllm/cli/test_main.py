@@ -34,7 +34,7 @@ def test_no_sub_command_shows_the_help():
 def test_help_lists_every_sub_command():
     result = microedit("--help")
     assert result.returncode == 0
-    for name in ("sae", "edit", "eval", "inspect", "demo"):
+    for name in ("sae", "edit", "eval", "inspect", "verify", "demo"):
         assert name in result.stdout
 
 

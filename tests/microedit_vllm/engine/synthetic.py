@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 
+from microedit_trainer.contexts import PromptTokens
+from microedit_trainer.evaluation import TorchEngine
+from microedit_trainer.golden_prompts import golden_prompts
+from microedit_trainer.language_model import LanguageModel, find_decoder_layers
 from microedit_vllm.artifact import (
     Decision,
     DecoderChange,
     EditOperator,
     EditSet,
     Golden,
+    GoldenPrompt,
     Manifest,
     Scope,
     SparseAutoencoder,
@@ -136,9 +141,34 @@ def make_edit_set(
         theta=0.0,
     )
     draft = EditSet(manifest, scoring, edit, _no_golden(), [{"prompt": p} for p in edited])
-    golden = EditOperator.build(draft, sae).golden_of(wanted[:4])
-    replace(draft, golden=golden).save(root / "set")
+    operator = EditOperator.build(draft, sae)
+    prompts = _golden_prompts(model, residuals, operator, edited, unrelated)
+    golden = operator.golden_of(wanted[:4])
+    replace(draft, golden=golden, golden_prompts=prompts).save(root / "set")
     return root / "set"
+
+
+def _golden_prompts(
+    model: Path,
+    residuals: Residuals,
+    operator: EditOperator,
+    edited: list[str],
+    unrelated: list[str],
+) -> tuple[GoldenPrompt, ...]:
+    layers = find_decoder_layers(residuals.model)
+    lm = LanguageModel(residuals.model, residuals.tokenizer, model.name, model, layers)
+    engine = TorchEngine.build(lm, operator)
+    decision = operator.edit_set.manifest.decision
+
+    def tokens(prompt: str) -> PromptTokens:
+        ids = residuals.tokens(prompt)
+        span = scored_span(ids, len(ids) - 1, decision.scope, decision.turn)
+        return PromptTokens(tuple(ids), (), residuals.tokenizer.eos_token_id, span)
+
+    return (
+        *golden_prompts(engine, [tokens(p) for p in edited], on=True, count=len(edited)),
+        *golden_prompts(engine, [tokens(p) for p in unrelated], on=False, count=len(unrelated)),
+    )
 
 
 def _random_sae(z: torch.Tensor) -> SparseAutoencoder:

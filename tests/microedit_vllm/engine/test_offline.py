@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from microedit_vllm.artifact import EditSet
 from microedit_vllm.engine import decisions
+from microedit_vllm.engine.golden_prompts import verify_llm
 from tests.microedit_vllm.engine.synthetic import EDITED, OTHER, UNRELATED, running
 
 OFF = {"microedit": "off"}
@@ -95,6 +97,12 @@ def test_decisions_are_those_of_the_operator(llm, mixed, residuals, operator):
             continue
         assert record["ard"] == pytest.approx(residuals.ard(operator, prompt), abs=ARD_NOISE)
         assert record["on"] is (prompt in EDITED)
+
+
+def test_golden_prompts_are_as_transformers_computed_them(llm, edit_set):
+    report = verify_llm(llm, EditSet.load(edit_set))
+    assert [prompt.on for prompt in report.prompts] == [True] * 2 + [False] * 4
+    assert report.findings == []
 
 
 def test_unknown_requests_are_left_out(llm, mixed):

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from microedit_trainer.demo.server import VllmServer
+from microedit_vllm.cli.main import main
 from tests.microedit_vllm.engine.synthetic import EDITED, ENGINE_ARGS, UNRELATED, change_manifest
 
 NAME = "edited"
@@ -112,6 +113,58 @@ def test_an_unknown_id_is_404_with_an_error(server):
     status, body = get(server, "/v1/microedit/requests/cmpl-unknown")
     assert status == 404
     assert "cmpl-unknown" in body["error"]["message"]
+
+
+def verify(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", *map(str, words)])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_the_server_passes_its_self_check(server, edit_set, capsys):
+    where = ("--url", f"{server.base_url}/v1", "--api-key", "secret")
+    status, out, _ = verify(capsys, edit_set, *where, "--json")
+    assert status == 0
+    report = json.loads(out)
+    assert report["findings"] == []
+    assert [prompt["found"]["on"] for prompt in report["prompts"]] == [True] * 2 + [False] * 4
+
+
+def test_a_finding_is_status_1(server, copied_set, capsys):
+    path = copied_set / "golden_prompts.json"
+    prompts = json.loads(path.read_text())
+    for prompt in prompts:
+        prompt["misread"]["layer_after"], prompt["ard"] = prompt["ard"], prompt["ard"] / 2
+    path.write_text(json.dumps(prompts))
+    where = ("--url", server.base_url, "--api-key", "secret")
+    status, out, _ = verify(capsys, copied_set, *where)
+    assert status == 1
+    assert "layer_after: z is read one layer too late" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("key", "harm", "said"),
+    [
+        ("wrong", None, "no server with a model answers"),
+        ("secret", {"solver": "joint", "facts": 3}, "another edit set (set: facts 2, not 3)"),
+        ("secret", "token", "the server refuses a golden prompt"),
+    ],
+)
+def test_what_cannot_be_verified_is_one_line_and_status_2(
+    server, copied_set, capsys, key, harm, said
+):
+    if harm == "token":
+        path = copied_set / "golden_prompts.json"
+        first, *rest = json.loads(path.read_text())
+        path.write_text(json.dumps([first | {"token_ids": [10**9], "edit_from": 0}, *rest]))
+    elif harm:
+        change_manifest(copied_set, **harm)
+    status, out, err = verify(capsys, copied_set, "--url", server.base_url, "--api-key", key)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert err.startswith("microedit: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/microedit", "/v1/microedit/requests/x"])

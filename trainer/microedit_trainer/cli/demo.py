@@ -18,8 +18,9 @@ def demo(
     console.print(f"summary: {out / 'summary.json'}; picture: {out / 'ard.png'}")
     unedited = summary.edited_total - summary.edited_correct
     changed = summary.unrelated_total - summary.unrelated_identical
-    if unedited or changed:
+    if unedited or changed or summary.self_check_findings:
         console.print(
-            f"[red]{unedited} edited facts not answered, {changed} unrelated answers changed[/]"
+            f"[red]{unedited} edited facts not answered, {changed} unrelated answers changed, "
+            f"{summary.self_check_findings} findings of the self-check[/]"
         )
         raise typer.Exit(1)

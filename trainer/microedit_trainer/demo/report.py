@@ -48,6 +48,7 @@ class Summary:
     unrelated_total: int
     near_identical: int
     near_total: int
+    self_check_findings: int
     seconds_per_edit: float
     tokens_per_second_plain: float
     tokens_per_second_microedit: float

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from microedit_trainer.cli.progress import counting
 from microedit_trainer.cli.sae import progress_bars
@@ -31,6 +32,7 @@ from microedit_trainer.server_engine import ServerEngine
 from microedit_trainer.solvers import JointSolver
 from microedit_vllm.artifact import EditSet, Scope, SparseAutoencoder
 from microedit_vllm.errors import MicroEditError
+from microedit_vllm.verification import Finding, verify_server
 
 SAE = SaeSettings(
     layer=26,
@@ -57,12 +59,12 @@ def run_demo(out: Path, console: Console) -> Summary:
     out.mkdir(parents=True, exist_ok=True)
     edit_set = prepare(out, console)
     questions = demo_questions(demo_facts())
-    before, plain_speed = _serve(out, "plain", [], questions, console)
-    arguments = ["--microedit", str(out / "edits")]
-    after, speed = _serve(out, "microedit", arguments, questions, console)
+    before, plain_speed, _ = _serve(out, None, questions, console)
+    after, speed, findings = _serve(out, edit_set, questions, console)
     exchanges = [Exchange(*row) for row in zip(questions, before, after, strict=True)]
     summary = Summary(
         **_counts(exchanges),
+        self_check_findings=len(findings),
         seconds_per_edit=edit_set.manifest.scores["seconds_per_edit"],
         tokens_per_second_plain=round(plain_speed, 1),
         tokens_per_second_microedit=round(speed, 1),
@@ -111,16 +113,25 @@ def _link(link: Path, folder: Path) -> Path:
 
 
 def _serve(
-    out: Path, name: str, arguments: list[str], questions: list[Question], console: Console
-) -> tuple[list[Answer], float]:
-    """Answers of one server and its tokens per second."""
+    out: Path, edit_set: EditSet | None, questions: list[Question], console: Console
+) -> tuple[list[Answer], float, list[Finding]]:
+    """Answers of one server, its tokens per second, and what its self-check found."""
+    name = "plain" if edit_set is None else "microedit"
+    arguments = [] if edit_set is None else ["--microedit", str(out / "edits")]
     console.print(f"[bold]vllm serve[/] {' '.join(['demo/model', *arguments])}  ({name})")
     log = out / f"server-{name}.log"
     with VllmServer(out / "model", [*SERVER_ARGUMENTS, *arguments], log=log) as server:
         engine = ServerEngine.connect(server.base_url)
-        answers = ask_all(engine, questions, edited=bool(arguments))
+        findings = [] if edit_set is None else _self_check(engine, edit_set, console)
+        answers = ask_all(engine, questions, edited=edit_set is not None)
         prompts = [q.prompt for q in questions if q.kind == "unrelated"][:THROUGHPUT_PROMPTS]
-        return answers, tokens_per_second(engine, prompts)
+        return answers, tokens_per_second(engine, prompts), findings
+
+
+def _self_check(server: ServerEngine, edit_set: EditSet, console: Console) -> list[Finding]:
+    report = verify_server(server, edit_set)
+    console.print(f"[bold]microedit verify[/] demo/edits: {escape(report.line)}")
+    return report.findings
 
 
 def _counts(exchanges: list[Exchange]) -> dict[str, int]:
