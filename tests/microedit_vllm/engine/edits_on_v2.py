@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.microedit_vllm.engine.v2_on_cpu import use_v2
 
-TOKENS = 6
+TOKENS = 4
 
 
 def main(model: str, edit_set: str, requests: str, out: Path) -> None:

@@ -367,9 +367,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> TinyServed:
 def test_edits_are_served_as_a_whole_sequence_forward_gives_them(served, tmp_path):
     """On, off and declining requests in one batch, their prompts cut into chunks."""
     asked = [
-        *((prompt, True) for prompt in served.edited),
-        *((prompt, True) for prompt in served.unrelated[2:6]),
-        *((prompt, False) for prompt in served.edited[:2]),
+        *((prompt, True) for prompt in served.edited[1:4]),
+        *((prompt, True) for prompt in served.unrelated[3:5]),
+        (served.edited[1], False),
     ]
     out = tmp_path / "out.json"
     requests = json.dumps([[prompt, edits] for prompt, edits in asked])
