@@ -95,8 +95,8 @@ def _bound(node: ast.stmt) -> list[list[str]]:
             return [[alias.asname or alias.name] for alias in node.names]
         case ast.Assign():
             return [[target.id] for target in node.targets if isinstance(target, ast.Name)]
-        case ast.AnnAssign(target=ast.Name()):
-            return [[node.target.id]]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [[name]]
     return []
 
 
