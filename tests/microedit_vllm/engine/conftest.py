@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,5 +51,24 @@ def engine_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+_COUNTS = pytest.StashKey[Counter[str]]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: starts an engine that compiles for minutes")
+    config.addinivalue_line("markers", "soak: a schedule more, for `make soak`")
+    config.stash[_COUNTS] = Counter()
+
+
+@pytest.fixture(scope="session")
+def schedule_counts(pytestconfig: pytest.Config) -> Counter[str]:
+    """What the random schedules covered; told at the end."""
+    return pytestconfig.stash[_COUNTS]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    counts = config.stash[_COUNTS]
+    if counts:
+        terminalreporter.section("random schedules")
+        for name, count in counts.items():
+            terminalreporter.line(f"{count:8d} {name}")

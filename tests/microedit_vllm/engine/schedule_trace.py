@@ -15,6 +15,8 @@ from tests.microedit_vllm.engine.in_process import engine_here
 from tests.microedit_vllm.engine.tiny_served import CLEAR, VOCABULARY, Answer, TinyServed
 
 MAX_LENGTH = 256
+AT_THE_END = 10**6
+PROBES = 4
 OFF = {"microedit": "off"}
 
 
@@ -69,18 +71,20 @@ def random_engine(rng: random.Random, position: str) -> dict[str, Any]:
             "enable_prefix_caching": False,
             "max_num_batched_tokens": rng.choice([MAX_LENGTH, 2 * MAX_LENGTH]),
             "max_num_seqs": rng.choice([2, 8]),
-            "num_gpu_blocks_override": rng.choice([12, 18, 80]),
+            "num_gpu_blocks_override": rng.choice([9, 12, 18, 80]),
             "async_scheduling": rng.random() < 0.5,
             "block_size": 32,
         }
     speculate = rng.random() < 0.3
+    block_size = rng.choice([32, 32, 64])
     arguments: dict[str, Any] = {
         "max_num_batched_tokens": rng.choice([8, 13, 17, 32, 40, 61, 100, 512]),
         "max_num_seqs": rng.choice([1, 3, 8]),
-        "num_gpu_blocks_override": rng.choice([10, 14, 20, 80]),
+        # From hardly more than the longest request to more than all of them.
+        "num_gpu_blocks_override": rng.choice([320, 320, 448, 640, 2560]) // block_size,
         "enable_prefix_caching": rng.random() < 0.7,
         "async_scheduling": rng.random() < 0.5 and not speculate,
-        "block_size": rng.choice([32, 32, 64]),
+        "block_size": block_size,
     }
     if rng.random() < 0.3:
         arguments["long_prefill_token_threshold"] = rng.choice([3, 11])
@@ -104,14 +108,34 @@ def random_trace(rng: random.Random, served: TinyServed, size: int) -> list[Ask]
         # Nearer to τ, rounding decides.
         if len(ask.tokens) + ask.count < MAX_LENGTH and not 0.95 < ard / tau < 1.05:
             trace.append(ask)
-    return trace
+    return [*trace, *_last_probes(served, trace)]
+
+
+def _last_probes(served: TinyServed, trace: list[Ask]) -> list[Ask]:
+    """Edited answers continued with edits off, once all else has ended and the cache is warm."""
+    longest = sorted(trace, key=lambda ask: -ask.count)
+    edited = [ask for ask in longest if ask.expected(served).on and ask.abort is None]
+    return [
+        Ask(
+            name=f"p{index}",
+            tokens=(*ask.tokens, *ask.expected(served).tokens),
+            count=4,
+            arrive=AT_THE_END,
+            edits=False,
+            probe=True,
+        )
+        for index, ask in enumerate(edited[:PROBES])
+    ]
 
 
 def _random_ask(rng: random.Random, served: TinyServed, trace: list[Ask]) -> Ask:
-    kinds = ["edited", "behind", "unrelated", "again", "grown", "second turn", "forced"]
-    kind = rng.choice(kinds if trace else kinds[:3])
+    fresh = ["edited", "edited", "behind", "behind", "unrelated"]
+    kind = rng.choice(
+        fresh if not trace else [*fresh, "again", "again", "grown", "second turn", "forced"]
+    )
     before = rng.choice(trace) if trace else None
     edits, probe, edit_from = rng.random() < 0.75, False, None
+    arrive = rng.choice([0, 0, 3, 10, 30, 60])
     if kind == "edited":
         tokens = rng.choice(served.edited)
     elif kind == "behind":
@@ -125,9 +149,11 @@ def _random_ask(rng: random.Random, served: TinyServed, trace: list[Ask]) -> Ask
         if kind == "grown":
             tokens += _some(rng, 1, 40)
         elif kind == "second turn":
-            probe = before.expected(served).on and rng.random() < 0.6
+            probe = before.expected(served).on and rng.random() < 0.7
             edits = not probe and edits
             tokens += [*answer, *_some(rng, 1, 40)]
+            # Some arrive while the first turn is still being answered.
+            arrive = before.arrive + rng.choice([0, before.count, 2 * before.count + 10])
         elif kind == "forced":
             edits, edit_from = True, len(tokens) - 1
             tokens += answer
@@ -135,7 +161,7 @@ def _random_ask(rng: random.Random, served: TinyServed, trace: list[Ask]) -> Ask
         name=f"r{len(trace)}",
         tokens=tuple(tokens),
         count=rng.choice([1, 2, 8, 20, 40]),
-        arrive=rng.choice([0, 0, 3, 10, 30, 60]),
+        arrive=arrive,
         edits=edits,
         edit_from=edit_from,
         samples=rng.choice([1, 1, 1, 2]),
@@ -231,15 +257,24 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def check_seed(served: TinyServed, seed: int, size: int = 14) -> Report:
-    """Run one random trace on one random engine, plain and with edits, and compare."""
+def check_seed(
+    served: TinyServed, seed: int, size: int = 14, plain_runs: dict[int, Run] | None = None
+) -> Report:
+    """Run one random trace on one random engine, plain and with edits, and compare.
+
+    Args:
+        plain_runs: the plain runs so far by seed, for whoever checks a seed more than once.
+    """
     rng = random.Random(seed)
     arguments = random_engine(rng, served.manifest.position)
     trace = random_trace(rng, served, size)
     if "speculative_config" in arguments:
         # The CPU engine's rejection sampler takes greedy requests only.
         trace = [replace(ask, samples=1) for ask in trace]
-    plain, edited = (run_trace(served, arguments, trace, edits) for edits in (False, True))
+    runs = {} if plain_runs is None else plain_runs
+    if seed not in runs:
+        runs[seed] = run_trace(served, arguments, trace, edits=False)
+    plain, edited = runs[seed], run_trace(served, arguments, trace, edits=True)
     report = Report()
     report.counts.update(
         configurations=1,
@@ -258,6 +293,7 @@ def _check(ask: Ask, served: TinyServed, plain: Run, edited: Run, report: Report
     expected = ask.expected(served)
     record = edited.decisions.get(ask.name, {})
     report.counts["on" if expected.on else "off"] += 1
+    report.counts["leak probes"] += ask.probe
     wanted = expected.ard if expected.ard < float("inf") else None
     ard = record.get("ard")
     same_ard = ard == wanted or (None not in (ard, wanted) and abs(ard - wanted) < 1e-3 * wanted)

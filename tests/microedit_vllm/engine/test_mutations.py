@@ -1,0 +1,32 @@
+"""Each planted fault turns the random schedules red: a test that cannot fail proves nothing."""
+
+import pytest
+
+from tests.microedit_vllm.engine.mutations import MUTATIONS, Mutation
+from tests.microedit_vllm.engine.schedule_trace import Run, check_seed
+from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
+
+# Seeds, the most telling first.
+SEEDS = range(16)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> TinyServed:
+    return tiny_served(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def plain_runs() -> dict[int, Run]:
+    return {}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_planted_fault_is_seen(served, plain_runs, monkeypatch, mutation: Mutation):
+    mutation.plant(monkeypatch)
+    for seed in SEEDS:
+        report = check_seed(served, seed, plain_runs=plain_runs)
+        broken = {invariant for invariant, _ in report.violations}
+        if broken & set(mutation.breaks):
+            print(f"{mutation.name}: seed {seed} breaks {sorted(broken)}")
+            return
+    pytest.fail(f"{mutation.name}: no schedule broke {mutation.breaks}")
