@@ -17,6 +17,9 @@ from microedit_vllm.artifact.manifest import Manifest, read_manifest
 from microedit_vllm.errors import MicroEditError
 
 KEY = "microedit"
+# What an edit set with position "sequence" needs: its prompts whole, every token computed.
+SEQUENCE_FLAGS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
+SEQUENCE_ARGUMENTS = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from microedit_vllm.artifact import EditSet, GoldenPrompt
+from microedit_vllm.artifact.edit_set import MANIFEST
+from microedit_vllm.artifact.manifest import read_manifest
+from microedit_vllm.config import SEQUENCE_ARGUMENTS
 from microedit_vllm.engine.records import decisions
 from microedit_vllm.errors import MicroEditError
 from microedit_vllm.verification.comparison import (
@@ -60,6 +63,10 @@ def verification_engine(
         MicroEditError: vLLM is not installed, or cannot serve the model with the set.
     """
     setting = {"edit_set": str(edit_set), "sae": None if sae is None else str(sae)}
+    length = max(len(p.token_ids) + num_tokens(p) for p in prompts) + 1
+    arguments: dict[str, Any] = {}
+    if read_manifest(edit_set / MANIFEST).position == "sequence":
+        arguments = {**SEQUENCE_ARGUMENTS, "max_num_batched_tokens": length}
     try:
         from vllm import LLM
 
@@ -67,8 +74,9 @@ def verification_engine(
             model,
             dtype=dtype,
             enforce_eager=True,
-            max_model_len=max(len(p.token_ids) + num_tokens(p) for p in prompts) + 1,
+            max_model_len=length,
             max_num_seqs=1,
+            **arguments,
             additional_config={"microedit": setting},
         )
     except MicroEditError:

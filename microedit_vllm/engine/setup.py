@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from microedit_vllm.artifact import Manifest
-from microedit_vllm.config import KEY, ServingConfig, check_model, summary
+from microedit_vllm.config import KEY, SEQUENCE_FLAGS, ServingConfig, check_model, summary
 from microedit_vllm.engine.architectures import refuse_architecture
 from microedit_vllm.engine.compatibility import check_private_names
 from microedit_vllm.errors import MicroEditError
@@ -140,11 +140,11 @@ def _refuse_unsupported(vllm_config: Any) -> None:
 
 def _refuse_schedule(vllm_config: Any, folder: Path) -> None:
     """The paper's placement needs a whole prompt in one step, and each of its tokens computed."""
-    flags = {
-        "--no-enable-chunked-prefill": vllm_config.scheduler_config.enable_chunked_prefill,
-        "--no-enable-prefix-caching": vllm_config.cache_config.enable_prefix_caching,
-    }
-    missing = [flag for flag, wrong in flags.items() if wrong]
+    is_wrong = (
+        vllm_config.scheduler_config.enable_chunked_prefill,
+        vllm_config.cache_config.enable_prefix_caching,
+    )
+    missing = [flag for flag, wrong in zip(SEQUENCE_FLAGS, is_wrong, strict=True) if wrong]
     if missing:
         raise MicroEditError(
             f"{folder} has position 'sequence' (ẑ on every token of a prompt), which needs the "

@@ -94,6 +94,17 @@ def test_a_completion_s_decision_is_read_by_its_id(server, client):
     assert (body["ard"], body["on"]) == (None, False)
 
 
+def test_a_streamed_answer_is_the_same_and_has_its_decision(server, client):
+    whole = complete(client, EDITED[0]).choices[0].text
+    stream = client.completions.create(
+        model=NAME, prompt=EDITED[0], max_tokens=6, temperature=0, stream=True
+    )
+    parts = list(stream)
+    assert "".join(part.choices[0].text for part in parts) == whole
+    assert len(parts) > 1
+    assert get(server, f"/v1/microedit/requests/{parts[0].id}")[1]["on"] is True
+
+
 def test_each_prompt_of_a_completion_has_its_decision(server, client):
     both = complete(client, [EDITED[0], UNRELATED[0]])
     found = [get(server, f"/v1/microedit/requests/{both.id}{tail}")[1] for tail in ("", "-0", "-1")]
@@ -201,7 +212,8 @@ def _bad_starts(smollm2: Path, folder: Path) -> Iterator[tuple[list[str], str]]:
     yield [*serve, "--microedit-sae", str(smollm2)], "not an SAE folder"
     yield [*serve, "--hf-overrides.num_hidden_layers", "4"], "only 4 layers"
     change_manifest(folder, position="sequence")
-    yield serve, "'sequence'"
+    yield serve, "--no-enable-chunked-prefill --no-enable-prefix-caching"
+    yield [*serve, "--no-enable-chunked-prefill"], "start with --no-enable-prefix-caching"
     manifest = json.loads((folder / "microedit.json").read_text())
     other = {**manifest["model"], "fingerprint": "0" * 64}
     change_manifest(folder, position="decision", model=other)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from microedit_trainer.cli.progress import counting
+from microedit_vllm.config import SEQUENCE_FLAGS
 from microedit_vllm.errors import MicroEditError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def edit(
     steps_edit: Annotated[int | None, typer.Option(min=1, help="sequential: stage 2.")] = None,
     position: Annotated[
         Position,
-        typer.Option(help="sequential: ẑ in the whole sequence (the paper) or, to serve, from e."),
+        typer.Option(help="sequential: ẑ in the whole sequence (the paper) or from e on."),
     ] = Position.sequence,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
@@ -121,7 +122,7 @@ def _report(console: Console, edit_set: "EditSet", out: Path) -> None:
         table.add_row(name, value)
     console.print(table)
     if manifest.position == "sequence":
-        console.print("for evaluation only: to serve the set, edit with --position decision")
+        console.print(f"to serve it, start with {' '.join(SEQUENCE_FLAGS)}")
     for fact in off[:10]:
         console.print(f"[yellow]does not switch on:[/] {escape(fact['prompt'])}")
     for prompt, note in notes[:20]:
