@@ -12,6 +12,7 @@ from microedit_vllm.engine import edit_state, runner_v1, step_plan, worker
 from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.prefix_cache import EditPrefixCache
 from microedit_vllm.engine.scheduler import _EditMixin
+from tests.microedit_vllm.engine.schedule_trace import REUSED_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Mutation:
     Attributes:
         breaks: the invariants of the design notes that it breaks; one of them must be seen.
         plant: puts it into the code, until the patch is undone.
+        seed: of a schedule that sees it; where it no longer does, others are tried.
     """
 
     name: str
     breaks: tuple[int, ...]
     plant: Callable[[pytest.MonkeyPatch], None]
+    seed: int = 0
 
 
 def _substitute_whatever_the_switch_says(patch: pytest.MonkeyPatch) -> None:
@@ -165,12 +168,17 @@ MUTATIONS = [
     Mutation("write to every row of the batch", (1,), _every_row_of_the_batch_is_written),
     Mutation("score this step's tokens only", (2,), _only_this_step_is_scored),
     Mutation("let a chunk's last token decide", (2,), _a_chunk_s_last_token_decides),
-    Mutation("edit a request's last row only", (2,), _only_a_request_s_last_row_is_edited),
-    Mutation("count a resumed answer as prompt", (2,), _a_resumed_prompt_holds_its_answer),
+    Mutation("edit a request's last row only", (2,), _only_a_request_s_last_row_is_edited, 1),
+    Mutation("count a resumed answer as prompt", (2,), _a_resumed_prompt_holds_its_answer, 7),
     Mutation("read the decision at another slot", (2,), _the_decision_is_read_at_another_slot),
-    Mutation("take unscored windows from the cache", (2,), _the_window_may_come_from_the_cache),
-    Mutation("let a prefix hit cover token e", (2,), _a_hit_may_cover_token_e),
-    Mutation("keep distances of a block that is reused", (2,), _distances_of_a_block_outlive_it),
-    Mutation("store blocks with substituted tokens", (3,), _substituted_blocks_are_stored),
-    Mutation("store every answer as if it were off", (3,), _whoever_finishes_is_stored),
+    Mutation("take unscored windows from the cache", (2,), _the_window_may_come_from_the_cache, 6),
+    Mutation("let a prefix hit cover token e", (2,), _a_hit_may_cover_token_e, 6),
+    Mutation(
+        "keep distances of a block that is reused",
+        (2,),
+        _distances_of_a_block_outlive_it,
+        REUSED_BLOCKS,
+    ),
+    Mutation("store blocks with substituted tokens", (3,), _substituted_blocks_are_stored, 5),
+    Mutation("store every answer as if it were off", (3,), _whoever_finishes_is_stored, 5),
 ]

@@ -17,6 +17,7 @@ from tests.microedit_vllm.engine.tiny_served import CLEAR, VOCABULARY, Answer, T
 MAX_LENGTH = 256
 AT_THE_END = 10**6
 PROBES = 4
+REUSED_BLOCKS = -1
 OFF = {"microedit": "off"}
 
 
@@ -175,6 +176,28 @@ def _some(rng: random.Random, least: int, most: int) -> list[int]:
     return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(least, most))]
 
 
+def reused_blocks(served: TinyServed) -> tuple[dict[str, Any], list[Ask]]:
+    """Blocks of scored requests go to one with edits off, and then to one that asks for edits.
+
+    The windows start at the second block, so that the reused blocks hold whole windows.
+    """
+    rng = random.Random(0)
+    tail = served.edited[3][1:]
+    scored = [(1, *_some(rng, 25, 25), *tail) for _ in range(3)]
+    other = (1, *_some(rng, 81, 81))
+    arguments = {
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 3,
+        "num_gpu_blocks_override": 1 + 3 * 3,
+        "block_size": 32,
+    }
+    return arguments, [
+        *(Ask(f"r{index}", tokens, 1, 0) for index, tokens in enumerate(scored)),
+        Ask("off", other, 1, AT_THE_END, edits=False),
+        Ask("asks", other, 1, AT_THE_END + 1),
+    ]
+
+
 def run_trace(served: TinyServed, arguments: dict[str, Any], trace: list[Ask], edits: bool) -> Run:
     """Run a trace on an engine in this process, with the edit set or plain."""
     setting = {"microedit": {"edit_set": str(served.edit_set)}} if edits else {}
@@ -260,14 +283,18 @@ class Report:
 def check_seed(
     served: TinyServed, seed: int, size: int = 14, plain_runs: dict[int, Run] | None = None
 ) -> Report:
-    """Run one random trace on one random engine, plain and with edits, and compare.
+    """Run one trace on one engine, plain and with edits, and compare.
 
     Args:
+        seed: of a random engine and trace; `REUSED_BLOCKS` for the one that is made up.
         plain_runs: the plain runs so far by seed, for whoever checks a seed more than once.
     """
     rng = random.Random(seed)
-    arguments = random_engine(rng, served.manifest.position)
-    trace = random_trace(rng, served, size)
+    if seed == REUSED_BLOCKS:
+        arguments, trace = reused_blocks(served)
+    else:
+        arguments = random_engine(rng, served.manifest.position)
+        trace = random_trace(rng, served, size)
     if "speculative_config" in arguments:
         # The CPU engine's rejection sampler takes greedy requests only.
         trace = [replace(ask, samples=1) for ask in trace]

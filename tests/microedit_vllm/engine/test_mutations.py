@@ -3,11 +3,10 @@
 import pytest
 
 from tests.microedit_vllm.engine.mutations import MUTATIONS, Mutation
-from tests.microedit_vllm.engine.schedule_trace import Run, check_seed
+from tests.microedit_vllm.engine.schedule_trace import REUSED_BLOCKS, Run, check_seed
 from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
 
-# Seeds, the most telling first.
-SEEDS = range(16)
+SEEDS = (*range(10), REUSED_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def plain_runs() -> dict[int, Run]:
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_planted_fault_is_seen(served, plain_runs, monkeypatch, mutation: Mutation):
     mutation.plant(monkeypatch)
-    for seed in SEEDS:
+    for seed in (mutation.seed, *SEEDS):
         report = check_seed(served, seed, plain_runs=plain_runs)
         broken = {invariant for invariant, _ in report.violations}
         if broken & set(mutation.breaks):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.microedit_vllm.engine.schedule_trace import check_seed
+from tests.microedit_vllm.engine.schedule_trace import REUSED_BLOCKS, check_seed
 from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
 
 FORMS = [
@@ -27,10 +27,15 @@ def _folder(factory: pytest.TempPathFactory, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(QUICK), *(pytest.param(s, marks=pytest.mark.soak) for s in range(QUICK, SOAK))]
+    "seed",
+    [
+        REUSED_BLOCKS,
+        *range(QUICK),
+        *(pytest.param(s, marks=pytest.mark.soak) for s in range(QUICK, SOAK)),
+    ],
 )
 def test_no_schedule_breaks_an_invariant(served, seed, schedule_counts):
-    report = check_seed(served[FORMS[seed % len(FORMS)]], seed)
+    report = check_seed(served[FORMS[max(seed, 0) % len(FORMS)]], seed)
     schedule_counts.update(report.counts)
     schedule_counts["violations"] += len(report.violations)
     assert report.violations == []

@@ -217,7 +217,7 @@ def _bad_starts(smollm2: Path, folder: Path) -> Iterator[tuple[list[str], str]]:
     manifest = json.loads((folder / "microedit.json").read_text())
     other = {**manifest["model"], "fingerprint": "0" * 64}
     change_manifest(folder, position="decision", model=other)
-    yield serve, "was made for SmolLM2"
+    yield serve, "was made for smollm2"
     golden = load_file(folder / "golden.safetensors")
     save_file({**golden, "dist": golden["dist"] * 2}, folder / "golden.safetensors")
     yield serve, "golden activations do not reproduce"
