@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 
 from microedit_kernels.topk_encode import select_topk, topk_encode
 from microedit_vllm.artifact import DecoderChange, EditOperator

@@ -28,6 +28,21 @@ WORKER = (
         "worker",
         "size the state beside the KV cache",
     ),
+    function(
+        "vllm.distributed.parallel_state:get_tp_group", "", "parallel", "split the SAE over ranks"
+    ),
+    function(
+        "vllm.distributed.parallel_state:get_pp_group",
+        "",
+        "worker",
+        "know whether the scheduler hears this rank",
+    ),
+    named(
+        "vllm.distributed.parallel_state:GroupCoordinator",
+        "world_size rank_in_group is_last_rank all_gather all_reduce broadcast",
+        "parallel worker",
+        "the ranks choose and sum together",
+    ),
     function("vllm.forward_context:get_forward_context", "", "layer_patch", "find the step"),
     function(
         "vllm.forward_context:is_forward_context_available", "", "layer_patch", "find the step"
