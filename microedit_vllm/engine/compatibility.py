@@ -76,7 +76,7 @@ def _source(module: str) -> ast.Module | None:
 
 
 def _find(body: list[ast.stmt], path: list[str]) -> ast.stmt | None:
-    """What binds a dotted name: a class, a function, or (last part only) an import."""
+    """What binds a dotted name: a class, a function, or (last part only) an import or a value."""
     for node in _statements(body):
         if isinstance(node, ast.ClassDef | _Function) and node.name == path[0]:
             if len(path) == 1:
@@ -84,13 +84,20 @@ def _find(body: list[ast.stmt], path: list[str]) -> ast.stmt | None:
             found = _find(node.body, path[1:])
             if found is not None:
                 return found
-        elif isinstance(node, ast.ImportFrom) and path in _bound(node):
+        elif path in _bound(node):
             return node
     return None
 
 
-def _bound(node: ast.ImportFrom) -> list[list[str]]:
-    return [[alias.asname or alias.name] for alias in node.names]
+def _bound(node: ast.stmt) -> list[list[str]]:
+    match node:
+        case ast.ImportFrom():
+            return [[alias.asname or alias.name] for alias in node.names]
+        case ast.Assign():
+            return [[target.id] for target in node.targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [[name]]
+    return []
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

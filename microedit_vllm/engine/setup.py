@@ -158,7 +158,7 @@ def _refuse_schedule(vllm_config: Any, folder: Path) -> None:
 
 def _adapt_graphs(compilation: Any, manifest: Manifest) -> None:
     """CUDA graphs hold the edit change by threshold only (`captured_edit`)."""
-    from vllm.config import CUDAGraphMode
+    from vllm.config.compilation import CUDAGraphMode
 
     if manifest.activation == "topk":
         compilation.cudagraph_mode = CUDAGraphMode.NONE

@@ -6,7 +6,7 @@ so that the worker processes need no patching.
 
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.outputs import (

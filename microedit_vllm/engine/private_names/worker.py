@@ -28,30 +28,56 @@ WORKER = (
         "worker",
         "size the state beside the KV cache",
     ),
-    function(
-        "vllm.distributed.parallel_state:get_tp_group", "", "parallel", "split the SAE over ranks"
-    ),
-    function(
-        "vllm.distributed.parallel_state:get_pp_group",
-        "",
-        "worker",
-        "know whether the scheduler hears this rank",
-    ),
-    named(
-        "vllm.distributed.parallel_state:GroupCoordinator",
-        "world_size rank_in_group is_last_rank all_gather all_reduce broadcast",
-        "parallel worker",
-        "the ranks choose and sum together",
-    ),
     function("vllm.forward_context:get_forward_context", "", "layer_patch", "find the step"),
     function(
         "vllm.forward_context:is_forward_context_available", "", "layer_patch", "find the step"
     ),
     named(
         "vllm.forward_context:ForwardContext",
-        "additional_kwargs",
+        "no_compile_layers cudagraph_runtime_mode",
         "layer_patch",
-        "carry the step to the layer",
+        "find the state and whether a CUDA graph is captured",
+    ),
+    named(
+        "vllm.config.compilation:CompilationConfig",
+        "static_forward_context cudagraph_mode max_cudagraph_capture_size cache_dir",
+        "layer_patch worker setup",
+        "carry the state to the layer; CUDA graphs and the compile cache",
+    ),
+    function(
+        "vllm.v1.worker.gpu_worker:Worker.execute_model",
+        "scheduler_output",
+        "worker",
+        "end a step, report decisions",
+    ),
+    function(
+        "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
+        "grammar_output",
+        "worker",
+        "report decisions",
+    ),
+    named("vllm.v1.outputs:ModelRunnerOutput", "", "worker", "report decisions"),
+    named("vllm.v1.outputs:AsyncModelRunnerOutput", "", "worker", "report decisions"),
+    named("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "", "worker", "shared by all steps"),
+    named(
+        "vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput",
+        "_model_runner_output",
+        "records",
+        "the output that an asynchronous one yields",
+    ),
+    named(
+        "vllm.v1.worker.gpu.async_utils:AsyncOutput",
+        "model_runner_output",
+        "records",
+        "the output that an asynchronous one yields",
+    ),
+    function("vllm.distributed.parallel_state:get_tp_group", "", "parallel", "the ranks"),
+    function("vllm.distributed.parallel_state:get_pp_group", "", "worker", "the stages"),
+    named(
+        "vllm.distributed.parallel_state:GroupCoordinator",
+        "world_size rank_in_group is_last_rank all_gather all_reduce broadcast",
+        "parallel worker",
+        "candidates, sums and decisions of the ranks",
     ),
     named(
         "vllm.model_executor.models.utils:PPMissingLayer",
@@ -88,19 +114,27 @@ WORKER = (
 V1_RUNNER = (
     named(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
-        "kv_cache_config input_batch query_start_loc requests cudagraph_dispatcher",
+        "kv_cache_config input_batch query_start_loc requests",
         "runner_v1",
         "a step's requests",
     ),
     function(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
-        "input_ids positions intermediate_tensors inputs_embeds **model_kwargs",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
+        "scheduler_output num_scheduled_tokens",
         "runner_v1",
-        "the forward call of real steps",
+        "a real step's inputs are final behind it",
+    ),
+    function(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding",
+        "num_tokens num_reqs num_scheduled_tokens_np max_num_scheduled_tokens use_cascade_attn "
+        "allow_microbatching force_eager force_uniform_decode force_has_lora "
+        "force_num_active_loras num_encoder_reqs",
+        "runner_v1",
+        "keep a step out of CUDA graphs",
     ),
     named(
         "vllm.v1.worker.gpu_input_batch:InputBatch",
-        "req_ids num_computed_tokens_cpu block_table",
+        "req_ids num_reqs num_computed_tokens_cpu block_table",
         "runner_v1",
         "order and positions",
     ),
@@ -122,24 +156,12 @@ V1_RUNNER = (
         "runner_v1",
         "KV slots of a request",
     ),
-    named("vllm.v1.utils:CpuGpuBuffer", "np", "runner_v1", "host copies"),
-    function(
-        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
-        "num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes",
-        "runner_v1",
-        "keep a step out of FULL CUDA graphs",
-    ),
-    function(
-        "vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled",
-        "",
-        "runner_v1",
-        "graphs that are not cut at our operator",
-    ),
+    named("vllm.v1.utils:CpuGpuBuffer", "np gpu", "runner_v1", "host and device copies"),
     named(
         "vllm.config.compilation:CUDAGraphMode",
-        "FULL PIECEWISE",
-        "runner_v1 runner_v2",
-        "kinds of CUDA graph",
+        "NONE",
+        "runner_v1 layer_patch setup worker",
+        "no CUDA graph",
     ),
 )
 _V2 = "vllm.v1.worker.gpu"
@@ -164,7 +186,7 @@ V2_RUNNER = (
     ),
     named(
         f"{_V2}.model_runner:GPUModelRunner",
-        "kv_cache_config req_states block_tables cudagraph_manager model_state dp_size "
+        "kv_cache_config req_states block_tables cudagraph_manager model_state "
         "dcp_size pcp_manager ubatch_runner fast_prefill adaptive_verification",
         "runner_v2",
         "a step's requests; refuse what lays rows out in another way",
@@ -193,19 +215,13 @@ V2_RUNNER = (
         f"{_V2}.cudagraph_utils:CudaGraphManager.dispatch",
         "num_reqs num_tokens uniform_token_count num_active_loras max_query_len num_ubatches",
         "runner_v2",
-        "keep a step out of FULL CUDA graphs",
+        "keep a step out of CUDA graphs",
     ),
     named(
         f"{_V2}.cudagraph_utils:CudaGraphManager",
-        "_candidates use_breakable_cg",
+        "_candidates",
         "runner_v2",
-        "keep a step out of FULL CUDA graphs",
-    ),
-    named(
-        f"{_V2}.cudagraph_utils:BatchExecutionDescriptor",
-        "cg_mode",
-        "runner_v2",
-        "the kind of a CUDA graph",
+        "keep a step out of CUDA graphs",
     ),
     named(
         "vllm.v1.core.sched.output:SchedulerOutput",

@@ -14,20 +14,20 @@ IDS = torch.arange(3, 10)[None]
 
 
 class Recorder:
-    """Stands for an `EditState`: keeps what the op is given, and adds one to a row."""
+    """Stands for `EditState.apply`: keeps what the op is given, and adds one to row 4."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, Any]] = []
 
-    def apply(self, plan: int, hidden_states: torch.Tensor, residual: Any) -> None:
-        self.seen.append((hidden_states.shape, residual))
-        hidden_states[plan] += 1
+    def __call__(self, hidden_states: torch.Tensor, z: Any) -> None:
+        self.seen.append((hidden_states.shape, z))
+        hidden_states[4] += 1
 
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
     found = Recorder()
-    monkeypatch.setattr(layer_patch, "_current_step", lambda: (found, 4))
+    monkeypatch.setattr(layer_patch, "_applies", lambda: found)
     return found
 
 

@@ -25,7 +25,13 @@ ENGINE = ROOT / "microedit_vllm" / "engine"
 DOTTED = re.compile(r"""["'](vllm(?:\.\w+)+)["']""")
 
 # vLLM's version, and the name of a logger of ours.
-NO_NAMES = {"vllm.__version__", "vllm.microedit"}
+NO_NAMES = {
+    "vllm.__version__",
+    "vllm.microedit",
+    # Modules whose source `architectures` and `stream_form` read, each name checked there.
+    "vllm.model_executor.models.registry",
+    "vllm.model_executor.layers.layernorm",
+}
 
 
 def signature(name: PrivateName) -> tuple[str, ...] | None:

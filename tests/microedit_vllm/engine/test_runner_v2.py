@@ -20,14 +20,13 @@ from safetensors.torch import load_file, save_file
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu import cudagraph_utils, dp_utils
 
-from microedit_vllm.artifact import Decision, Scope
-from microedit_vllm.engine.runner_v1 import guard_dispatch
 from microedit_vllm.engine.runner_v2 import _WARM_UP_ID, V2RunnerAdapter
 from microedit_vllm.errors import MicroEditError
-from tests.microedit_vllm.engine import v2_on_cpu
+from tests.microedit_vllm.engine import edits_on_v2, v2_on_cpu
+from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
+from tests.microedit_vllm.engine.v2_on_cpu import MANIFEST
 from tests.tiny_model import tiny_model
 
 DRAFTS = 3
@@ -228,10 +227,8 @@ def stand_in(**changes: Any) -> Any:
 
 def attached(runner: Any) -> list[Any]:
     """Attach to a stand-in; the states of new requests as they come."""
-    scope = Scope(last=16, run=4)
-    decision = Decision(statistic="relative", tau=0.5, scope=scope, max_norm=1e9)
     new: list[Any] = []
-    V2RunnerAdapter(runner, decision).attach(lambda step: False, new.append)
+    V2RunnerAdapter(runner, MANIFEST).attach(lambda step: False, new.append)
     return new
 
 
@@ -281,10 +278,8 @@ def test_what_lays_rows_out_in_another_way_is_refused(change, reason):
         attached(stand_in(**change))
 
 
-# --- The choice of a CUDA graph, by vLLM's own classes with graphs that nobody captured. ---
-
-
 def graph_config() -> Any:
+    """For vLLM's own choice of a CUDA graph, among graphs that nobody captured."""
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         compilation_config=SimpleNamespace(
@@ -326,39 +321,23 @@ def guarded(manager: Any, verdicts: list[bool], dp_size: int = 1) -> Any:
         req_states=SimpleNamespace(num_computed_tokens_np=empty.num_scheduled_tokens),
         block_tables=SimpleNamespace(block_tables=[SimpleNamespace(gpu=None)], block_sizes=[32]),
     )
-    decision = Decision(statistic="relative", tau=0.5, scope=Scope(last=16), max_norm=1e9)
     answers = iter(verdicts)
-    V2RunnerAdapter(runner, decision).attach(lambda step: next(answers), lambda state: None)
+    V2RunnerAdapter(runner, MANIFEST).attach(lambda step: next(answers), lambda state: None)
     return runner
 
 
 DECODE = {"num_reqs": 3, "num_tokens": 3, "uniform_token_count": 1, "num_active_loras": 0}
 
 
-def test_a_step_that_must_not_runs_in_no_full_graph_and_only_that_step(manager):
+def test_a_step_that_must_not_runs_in_no_graph_and_only_that_step(manager):
     runner = guarded(manager, [False, True, True, False])
     output = SchedulerOutput.make_empty()
     modes = []
     for dummy_run in (False, False, True, False, False):
         runner.gather_batch_req_state(output, dummy_run)
         modes.append(manager.dispatch(**DECODE).cg_mode)
-    full, piecewise = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-    assert modes == [full, piecewise, full, piecewise, full]
-
-
-def test_the_piecewise_graph_is_the_one_for_as_many_tokens(manager):
-    runner = guarded(manager, [True])
-    runner.gather_batch_req_state(SchedulerOutput.make_empty(), False)
-    assert manager.dispatch(**DECODE).num_tokens == 4
-    many = manager.dispatch(3, 100, None, num_active_loras=0)
-    assert (many.cg_mode, many.num_tokens) == (CUDAGraphMode.NONE, 100)
-
-
-def test_a_graph_that_is_not_cut_at_our_operator_is_none(manager):
-    manager.use_breakable_cg = True
-    runner = guarded(manager, [True])
-    runner.gather_batch_req_state(SchedulerOutput.make_empty(), False)
-    assert manager.dispatch(**DECODE).cg_mode == CUDAGraphMode.NONE
+    full, none = CUDAGraphMode.FULL, CUDAGraphMode.NONE
+    assert modes == [full, none, full, none, full]
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -380,14 +359,29 @@ def test_ranks_with_data_parallelism_agree(manager, monkeypatch, refuses):
     assert chosen.cg_mode == (CUDAGraphMode.NONE if refuses else CUDAGraphMode.FULL)
 
 
-def test_the_v1_dispatcher_is_kept_from_full_graphs():
-    dispatcher = CudagraphDispatcher(graph_config())
-    dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE, 1)
-    refuse = False
-    guard_dispatch(dispatcher, lambda: refuse)
-    assert dispatcher.dispatch(num_tokens=3, uniform_decode=True)[0] == CUDAGraphMode.FULL
-    refuse = True
-    mode, descriptor = dispatcher.dispatch(num_tokens=3, uniform_decode=True)
-    assert (mode, descriptor.num_tokens) == (CUDAGraphMode.PIECEWISE, 4)
-    agreed = {CUDAGraphMode.PIECEWISE}
-    assert dispatcher.dispatch(num_tokens=4, valid_modes=agreed)[0] == CUDAGraphMode.PIECEWISE
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> TinyServed:
+    return tiny_served(tmp_path_factory.mktemp("served"))
+
+
+def test_edits_are_served_as_a_whole_sequence_forward_gives_them(served, tmp_path):
+    """On, off and declining requests in one batch, their prompts cut into chunks."""
+    asked = [
+        *((prompt, True) for prompt in served.edited[1:4]),
+        *((prompt, True) for prompt in served.unrelated[3:5]),
+        (served.edited[1], False),
+    ]
+    out = tmp_path / "out.json"
+    requests = json.dumps([[prompt, edits] for prompt, edits in asked])
+    command = [sys.executable, edits_on_v2.__file__, served.model, served.edit_set, requests, out]
+    subprocess.run(list(map(str, command)), check=True, timeout=400)
+    found = json.loads(out.read_text())
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
+    for (prompt, edits), tokens, record in zip(
+        asked, found["tokens"], found["decisions"], strict=True
+    ):
+        wanted = served.answer(prompt, len(tokens), edits)
+        assert record["on"] is wanted.on
+        if edits:
+            assert record["ard"] == pytest.approx(wanted.ard, rel=1e-3)
+        assert tuple(tokens) == wanted.tokens

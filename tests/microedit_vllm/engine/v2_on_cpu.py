@@ -15,8 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from microedit_vllm.artifact import Decision, Scope
+from tests.builders import tiny_manifest, tiny_sae
 
-def use_v2() -> None:
+DECISION = Decision(statistic="relative", tau=0.5, scope=Scope(last=16, run=4), max_norm=1e9)
+MANIFEST = tiny_manifest(tiny_sae(), decision=DECISION)
+
+
+def use_v2(plugins: str = "") -> None:
     """Make vLLM choose Model Runner V2 here; before vLLM or Triton is imported."""
     os.environ.update(
         TRITON_INTERPRET="1",
@@ -24,7 +30,7 @@ def use_v2() -> None:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="1",
         HF_HUB_OFFLINE="1",
-        VLLM_PLUGINS="",
+        VLLM_PLUGINS=plugins,
     )
     import triton.backends
 
@@ -69,12 +75,9 @@ class Watch:
     """Attaches the adapter, and notes its steps beside vLLM's own numbers."""
 
     def __init__(self, runner: Any) -> None:
-        from microedit_vllm.artifact import Decision, Scope
         from microedit_vllm.engine.runner_v2 import V2RunnerAdapter
 
-        scope = Scope(last=16, run=4)
-        decision = Decision(statistic="relative", tau=0.5, scope=scope, max_norm=1e9)
-        self.adapter = V2RunnerAdapter(runner, decision)
+        self.adapter = V2RunnerAdapter(runner, MANIFEST)
         self.runner = runner
         self.num_slots = self.adapter.num_slots()
         self.steps: list[dict[str, Any]] = []
