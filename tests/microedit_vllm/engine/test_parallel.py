@@ -1,11 +1,9 @@
 """Tensor and pipeline parallelism against one process: real ranks, real engines."""
 
-import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,11 +174,31 @@ def test_pipeline_parallel_2_with_the_layer_on_the_first_stage(trace, alone, tri
     assert other.heard == {}
 
 
-def test_tensor_parallel_2_on_ray(trace, alone, trial, monkeypatch):
-    pytest.importorskip("ray")
-    # Ray starts workers with the paths of its own; vLLM passes on variables that it knows.
-    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "PYTHONPATH,OMP_NUM_THREADS")
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", str(Path.cwd())))
+@pytest.fixture
+def ray_on_cpu(monkeypatch) -> Iterator[None]:
+    """A Ray of two devices that are CPUs: vLLM asks Ray for GPUs, and refuses its CPU platform."""
+    ray = pytest.importorskip("ray")
+
+    def name_device() -> None:
+        from vllm.platforms import current_platform
+
+        type(current_platform).ray_device_key = "GPU"
+
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU", raising=False)
+    ray.init(
+        num_cpus=2,
+        num_gpus=2,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        runtime_env={"worker_process_setup_hook": name_device},
+    )
+    yield
+    ray.shutdown()
+
+
+def test_tensor_parallel_2_on_ray(trace, alone, trial, ray_on_cpu):
     executor = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     one, other = alone(LAST_STAGE), trial(LAST_STAGE, **executor)
     assert_same(trace, one.run, other.run)
