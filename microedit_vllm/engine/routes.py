@@ -43,7 +43,13 @@ async def _summary(request: Request) -> dict[str, Any]:
 
 
 async def _call(request: Request, method: str, args: tuple[Any, ...]) -> list[Any]:
-    return await request.app.state.engine_client.collective_rpc(method, args=args)
+    """The answers of all workers of all data-parallel engines.
+
+    `AsyncLLM.collective_rpc` returns the first engine's alone (`vllm/v1/engine/core_client.py`).
+    """
+    core = request.app.state.engine_client.engine_core
+    engines = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+    return [answer for workers in engines for answer in workers]
 
 
 def _not_found(message: str) -> JSONResponse:

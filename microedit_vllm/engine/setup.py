@@ -40,7 +40,8 @@ def install() -> None:
 
     def create_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = create_engine_config(self, *args, **kwargs)
-        first = getattr(self, "_api_process_rank", 0) in (0, -1)
+        # Of several API servers, the process that starts them.
+        first = self._api_process_count == 1 or self._api_process_rank == -1
         with_status(self, lambda: _prepare(vllm_config, announce=first))
         return vllm_config
 
@@ -81,7 +82,10 @@ def _read_flags(engine_args: Any, args: Any) -> None:
             raise MicroEditError("--microedit-sae needs --microedit")
         if edit_set is not None:
             value = {"edit_set": edit_set, "sae": sae}
-            engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: value}
+            # Also into `args`: further API servers get these, and read them before the plugin is
+            # there (`run_multi_api_server` in `vllm/entrypoints/cli/serve.py`).
+            args.additional_config = {**(engine_args.additional_config or {}), KEY: value}
+            engine_args.additional_config = args.additional_config
 
     with_status(engine_args, put)
 

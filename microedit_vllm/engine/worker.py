@@ -7,6 +7,7 @@ so that the worker processes need no patching.
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
@@ -26,6 +27,7 @@ from microedit_vllm.engine.step_metadata import RequestState, RunnerAdapter, Ste
 from microedit_vllm.engine.step_plan import plan_step, scores_or_decides
 from microedit_vllm.errors import MicroEditError
 
+_RESULTS = ModelRunnerOutput | AsyncModelRunnerOutput
 BASES = {
     "EditCPUWorker": "vllm.v1.worker.cpu_worker.CPUWorker",
     "EditGPUWorker": "vllm.v1.worker.gpu_worker.Worker",
@@ -128,11 +130,15 @@ class EditWorker:
         return self._edit_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
     def _edit_report(self, output: Any) -> Any:
-        # The scheduler hears one rank of the last stage; when that does not hold the layer, it
-        # hears nothing, and stores no answers.
-        is_result = isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput)
-        if self._edit_state and is_result and output is not EMPTY_MODEL_RUNNER_OUTPUT:
-            known = self._edit_state.feedback.drain()
+        if self._edit_state is None:
+            return output
+        feedback = self._edit_state.feedback
+        if not get_pp_group().is_last_rank:
+            # The scheduler hears one rank of the last stage: it does not hear these decisions, and
+            # stores no answers.
+            feedback.drain()
+        elif isinstance(output, _RESULTS) and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+            known = feedback.drain()
             if known:
                 attach_decisions(output, known)
         return output

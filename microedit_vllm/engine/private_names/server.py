@@ -14,7 +14,7 @@ SERVER = (
     ),
     named(
         "vllm.engine.arg_utils:EngineArgs",
-        "additional_config _api_process_rank",
+        "additional_config _api_process_count _api_process_rank",
         "setup",
         "carry the setting; announce it once",
     ),
@@ -111,8 +111,15 @@ SERVER = (
         "records",
         "read decisions offline",
     ),
+    named("vllm.v1.engine.async_llm:AsyncLLM", "engine_core", "routes", "reach the engines"),
     function(
-        "vllm.engine.protocol:EngineClient.collective_rpc",
+        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
+        "method *args",
+        "routes",
+        "read decisions of all data-parallel engines",
+    ),
+    function(
+        "vllm.v1.engine.core:EngineCore.collective_rpc",
         "method timeout args kwargs",
         "routes",
         "read decisions",

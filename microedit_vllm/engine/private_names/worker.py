@@ -72,10 +72,11 @@ WORKER = (
         "the output that an asynchronous one yields",
     ),
     function("vllm.distributed.parallel_state:get_tp_group", "", "parallel", "the ranks"),
+    function("vllm.distributed.parallel_state:get_pp_group", "", "worker", "the stages"),
     named(
         "vllm.distributed.parallel_state:GroupCoordinator",
-        "world_size rank_in_group all_gather all_reduce broadcast",
-        "parallel",
+        "world_size rank_in_group is_last_rank all_gather all_reduce broadcast",
+        "parallel worker",
         "candidates, sums and decisions of the ranks",
     ),
     named(

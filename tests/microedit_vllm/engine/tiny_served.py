@@ -78,6 +78,7 @@ class TinyServed:
     hf: Any
     edited: list[list[int]]
     unrelated: list[list[int]]
+    layer: int = LAYER
     _answers: dict[Any, Answer] = field(default_factory=dict)
 
     @property
@@ -88,7 +89,7 @@ class TinyServed:
     def z(self, tokens: list[int]) -> Tensor:
         """The residual stream behind layer l, [P, d]."""
         output = self.hf(torch.tensor([tokens]), output_hidden_states=True)
-        return output.hidden_states[LAYER + 1][0]
+        return output.hidden_states[self.layer + 1][0]
 
     def ard(self, tokens: list[int], edit_from: int | None = None) -> float:
         """The decision's statistic of a prompt."""
@@ -121,7 +122,7 @@ class TinyServed:
                 z[:, start:] = self.operator.edited(z[:, start:])
             return output
 
-        hook = self.hf.model.layers[LAYER].register_forward_hook(substitute)
+        hook = self.hf.model.layers[self.layer].register_forward_hook(substitute)
         try:
             for _ in range(count):
                 logits = self.hf(torch.tensor([sequence])).logits[0, -1]
@@ -134,7 +135,11 @@ class TinyServed:
 
 
 def tiny_served(
-    root: Path, form: str = "delta", scope: str = "window", statistic: str = "relative"
+    root: Path,
+    form: str = "delta",
+    scope: str = "window",
+    statistic: str = "relative",
+    layer: int = LAYER,
 ) -> TinyServed:
     """Write a model, an SAE and a set that fires on its edited prompts and on no other."""
     from transformers import AutoModelForCausalLM
@@ -146,7 +151,8 @@ def tiny_served(
     generator = torch.Generator().manual_seed(7)
     edited = [_tokens(generator, length) for length in (12, 23, 34, 57, 90)]
     unrelated = [_tokens(generator, length) for length in (2, 9, 17, 31, 33, 64, 65, 120)]
-    served = TinyServed(folder, root / "set", None, hf, edited, unrelated)  # type: ignore[arg-type]
+    nothing: Any = None
+    served = TinyServed(folder, root / "set", nothing, hf, edited, unrelated, layer)
     sae = _random_sae(torch.cat([served.z(p)[1:] for p in [*edited, *unrelated]])).save(
         root / "sae"
     )
@@ -155,13 +161,12 @@ def tiny_served(
     noise = torch.randn(len(rows), HIDDEN, generator=generator) / HIDDEN**0.5
     shared = FORMS[form]["activation"] == "topk"
     edit = change if shared else DecoderChange(rows, 2 * noise)
-    draft = EditSet(
-        _manifest(folder, sae, root, form, scope, statistic), change, edit, Golden.none(), [{}]
-    )
+    manifest = _manifest(folder, sae, root, form, scope, statistic, layer)
+    draft = EditSet(manifest, change, edit, Golden.none(), [{}])
     served.operator = EditOperator.build(draft, sae)
     tau = _tau(served)
     decision = draft.manifest.decision.model_copy(update={"tau": tau})
-    manifest = draft.manifest.model_copy(update={"decision": decision})
+    manifest = manifest.model_copy(update={"decision": decision})
     complete = with_golden(replace(draft, manifest=manifest), sae, served.z(edited[0])[1:5])
     complete.save(root / "set")
     served.operator = EditOperator.build(complete, sae)
@@ -201,7 +206,13 @@ def _scoring_change(served: TinyServed, sae: SparseAutoencoder) -> DecoderChange
 
 
 def _manifest(
-    folder: Path, sae: SparseAutoencoder, root: Path, form: str, scope: str, statistic: str
+    folder: Path,
+    sae: SparseAutoencoder,
+    root: Path,
+    form: str,
+    scope: str,
+    statistic: str,
+    layer: int,
 ) -> Manifest:
     return Manifest(
         model=ModelIdentity(
@@ -217,7 +228,7 @@ def _manifest(
             num_latents=LATENTS,
             k=K,
         ),
-        layer=LAYER,
+        layer=layer,
         solver="joint",
         facts=1,
         decision=Decision(
