@@ -49,6 +49,11 @@ class Traffic:
     output_tokens: int
     bar: float
 
+    @property
+    def tokens(self) -> int:
+        """Of one request."""
+        return self.prompt_tokens + self.output_tokens
+
     def prompts(self, requests: int, vocabulary: int, draw: random.Random) -> list[list[int]]:
         """Random tokens: no two requests share a beginning."""
         first = min(FIRST_TOKEN, vocabulary // 2)
@@ -157,29 +162,29 @@ def ratios(runs: Sequence[Run], traffic: Traffic) -> dict[str, Any]:
     return found
 
 
-def show(console: Console, found: dict[str, dict[str, Any]], output: dict[str, int]) -> None:
-    """Print one row per traffic and clock."""
+def show(console: Console, found: dict[str, dict[str, Any]], tokens: dict[str, int]) -> None:
+    """Print one row per traffic and clock; `tokens` of one turn, prompts included."""
     table = Table(title="Plain / MicroEdit, paired turns: 1 where edits cost nothing")
-    for heading in ("traffic", "clock", "plain s", "microedit s", "ratio", "least", "largest"):
+    for heading in ("traffic", "clock", *KINDS, "ratio", "least", "largest", "bar"):
         table.add_column(heading, justify="left" if heading in ("traffic", "clock") else "right")
-    table.add_column("bar")
     for name, row in found.items():
         for clock, key in (("wall", "seconds"), ("CPU", "cpu_seconds")):
             cells = row[key]
             table.add_row(
                 name,
                 clock,
-                *(f"{cells[kind]:.2f}" for kind in KINDS),
+                *(f"{cells[kind]:.2f} s" for kind in KINDS),
                 *(f"{cells[part]:.3f}" for part in ("ratio", "least", "largest")),
-                f"{row['bar']:.2f} {'met' if row['met'] else 'MISSED'}" if clock == "wall" else "",
+                f"{row['bar']:.2f}" if clock == "wall" else "",
             )
     console.print(table)
     for name, row in found.items():
         low, high = row["load"]
-        speed = output[name] / row["seconds"]["plain"]
+        speed = tokens[name] / row["seconds"]["plain"]
         console.print(
-            f"{name}: {speed:.0f} tokens/s plain; the waiting engine used "
-            f"{row['idle_share']:.1%} of a core; load average {low:.1f} to {high:.1f}",
+            f"{name}: bar {'met' if row['met'] else 'MISSED'}; plain {speed:.0f} tokens/s, prompts "
+            f"included; the waiting engine used {row['idle_share']:.1%} of a core; load average "
+            f"{low:.1f} to {high:.1f}",
             highlight=False,
         )
 
@@ -189,7 +194,7 @@ def main(
     edits: Annotated[Path, typer.Option(help="Folder of the edit set.")],
     sae: Annotated[Path | None, typer.Option(help="Folder of its SAE, if it has moved.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of each engine and traffic.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each engine and traffic.")] = 5,
     compiled: Annotated[bool, typer.Option("--compiled", help="Not eager: minutes more.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Short requests, for a test.")] = False,
     out: Annotated[Path, typer.Option(help="JSON result.")] = Path(
@@ -200,7 +205,7 @@ def main(
     """Measure the throughput that a loaded edit set leaves to requests it does not concern."""
     traffics = QUICK if quick else TRAFFIC
     arguments: dict[str, Any] = {
-        "max_model_len": max(t.prompt_tokens + t.output_tokens for t in traffics),
+        "max_model_len": max(t.tokens for t in traffics),
         "max_num_seqs": requests,
         "enforce_eager": not compiled,
         "seed": seed,
@@ -239,7 +244,7 @@ def main(
     }
     write_atomically(out, (json.dumps(report, indent=2) + "\n").encode())
     console = Console()
-    show(console, found, {t.name: requests * t.output_tokens for t in traffics})
+    show(console, found, {t.name: requests * t.tokens for t in traffics})
     console.print(f"written to {out}", highlight=False)
 
 

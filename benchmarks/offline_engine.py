@@ -82,8 +82,7 @@ class OfflineEngine:
         Raises:
             MicroEditError: the engine failed; carries the last lines of its log.
         """
-        self._pipe.send(([list(prompt) for prompt in prompts], sampling))
-        batch: Batch = self._receive()
+        batch: Batch = self._ask(([list(prompt) for prompt in prompts], sampling))
         return batch
 
     def cpu_seconds(self) -> float:
@@ -93,11 +92,17 @@ class OfflineEngine:
         return sum(time.user + time.system for time in times)
 
     def __enter__(self) -> "OfflineEngine":
+        """Start the processes and load the model.
+
+        Raises:
+            MicroEditError: see `generate`.
+        """
+        self._log.touch()  # it may end before it writes
         with _environment(self._environment):
             self._process.start()
         self._far_end.close()
         try:
-            self._receive()
+            self._ask(None)
         except BaseException:
             self.__exit__()
             raise
@@ -112,10 +117,11 @@ class OfflineEngine:
                 process.kill()
             self._process.join()
 
-    def _receive(self) -> Any:
+    def _ask(self, message: Any) -> Any:
         try:
+            self._pipe.send(message)
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
             end = "\n".join(lines[-LAST_LINES:])
             raise MicroEditError(f"an engine ended; the last lines of its log:\n{end}") from None
@@ -143,7 +149,7 @@ def _serve(
     from vllm import LLM
 
     llm = LLM(model, **arguments)
-    pipe.send(None)
+    pipe.send(pipe.recv())  # tells that it is loaded
     while True:
         try:
             prompts, sampling = pipe.recv()
@@ -166,7 +172,7 @@ def answer(llm: Any, prompts: Sequence[list[int]], edited: bool, **sampling: Any
     if edited:
         from microedit_vllm.engine import decisions
 
-        found = decisions(llm, [answer.request_id for answer in answers])
+        found = decisions(llm, [a.request_id for a in answers])
     outputs = [
         Output(tuple(a.outputs[0].token_ids), a.num_cached_tokens, found.get(a.request_id))
         for a in answers
