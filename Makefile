@@ -9,7 +9,7 @@ ALIAS := packaging/vllm-cpu-alias
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test soak lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ demo: $(INSTALLED) ## edit a real model and serve it; ARGS= is passed on
 
 test: lint ## lint, then every test; ARGS= is passed on to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(INSTALLED) ## random schedules by the hundred, and the planted faults that they must see
+	$(BIN)/python -m pytest -m 'soak or not soak' $(ARGS) \
+	    tests/microedit_vllm/engine/test_schedules.py tests/microedit_vllm/engine/test_mutations.py
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -48,8 +48,8 @@ def decisions(llm: Any, request_ids: Iterable[str]) -> dict[str, dict[str, Any]]
         request_ids: `RequestOutput.request_id`.
 
     Returns:
-        By request id {"ard": float, or None where nothing was scored, "tau": float, "on": bool};
-        the last few thousand requests are known, others are left out.
+        By request id {"edit_set": its name, "ard": float, or None where nothing was scored,
+        "tau": float, "on": bool}; the last few thousand requests are known, others are left out.
     """
     answers = llm.collective_rpc("microedit_decisions", args=(list(request_ids),))
     return first_known(answers)

@@ -30,9 +30,7 @@ async def show_decision(request: Request, request_id: str) -> JSONResponse:
     found = first_known(await _call(request, "microedit_decisions", (ids,)))
     if not found:
         return _not_found(f"no decision is known for request {request_id!r}")
-    record = next(iter(found.values()))
-    name = (await _summary(request))["edit_set"]
-    return JSONResponse({"id": request_id, "edit_set": name, **record})
+    return JSONResponse({"id": request_id, **next(iter(found.values()))})
 
 
 async def _summary(request: Request) -> dict[str, Any]:

@@ -144,15 +144,18 @@ class EditWorker:
         return output
 
     def microedit_decisions(self, request_ids: list[str]) -> dict[str, Any] | None:
-        """For `collective_rpc`: {id: {"ard", "tau", "on"}} of the known ones among the ids.
+        """For `collective_rpc`: {id: {"edit_set", "ard", "tau", "on"}} of the ids that are known.
 
         None on a rank that does not hold the edited layer.
         """
         if self._edit_state is None:
             return None
-        tau = self._edit_manifest.decision.tau
+        of_set = {
+            "edit_set": self._edit_setting.edit_set.name,
+            "tau": self._edit_manifest.decision.tau,
+        }
         found = {id_: self._edit_state.records.read(id_) for id_ in request_ids}
-        return {id_: {**record, "tau": tau} for id_, record in found.items() if record}
+        return {id_: {**of_set, **record} for id_, record in found.items() if record}
 
     def microedit_summary(self) -> dict[str, Any]:
         """For `collective_rpc`: the loaded set, see `microedit_vllm.config.summary`."""

@@ -52,12 +52,22 @@ def engine_environment() -> Iterator[None]:
 
 
 _COUNTS = pytest.StashKey[Counter[str]]()
+_MUTATIONS = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: starts an engine that compiles for minutes")
     config.addinivalue_line("markers", "soak: a schedule more, for `make soak`")
     config.stash[_COUNTS] = Counter()
+    config.stash[_MUTATIONS] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the many schedules to `make soak`, which asks for them with `-m`."""
+    if "soak" not in config.option.markexpr:
+        later = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in later]
+        config.hook.pytest_deselected(items=later)
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +76,19 @@ def schedule_counts(pytestconfig: pytest.Config) -> Counter[str]:
     return pytestconfig.stash[_COUNTS]
 
 
+@pytest.fixture(scope="session")
+def mutations_seen(pytestconfig: pytest.Config) -> dict[str, str]:
+    """What saw each planted fault; told at the end."""
+    return pytestconfig.stash[_MUTATIONS]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    counts = config.stash[_COUNTS]
+    counts, mutations = config.stash[_COUNTS], config.stash[_MUTATIONS]
     if counts:
         terminalreporter.section("random schedules")
         for name, count in counts.items():
             terminalreporter.line(f"{count:8d} {name}")
+    if mutations:
+        terminalreporter.section("planted faults")
+        for name, seen in mutations.items():
+            terminalreporter.line(f"{name:45} {seen}")

@@ -165,13 +165,13 @@ def _whoever_finishes_is_stored(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS = [
     Mutation("substitute whatever the switch says", (1,), _substitute_whatever_the_switch_says),
     Mutation("one decision for the whole batch", (1, 2), _one_decision_for_the_batch),
-    Mutation("write to every row of the batch", (1,), _every_row_of_the_batch_is_written),
+    Mutation("write to every row of the batch", (1,), _every_row_of_the_batch_is_written, 5),
     Mutation("score this step's tokens only", (2,), _only_this_step_is_scored),
     Mutation("let a chunk's last token decide", (2,), _a_chunk_s_last_token_decides),
     Mutation("edit a request's last row only", (2,), _only_a_request_s_last_row_is_edited, 1),
     Mutation("count a resumed answer as prompt", (2,), _a_resumed_prompt_holds_its_answer, 7),
     Mutation("read the decision at another slot", (2,), _the_decision_is_read_at_another_slot),
-    Mutation("take unscored windows from the cache", (2,), _the_window_may_come_from_the_cache, 6),
+    Mutation("take unscored windows from the cache", (2,), _the_window_may_come_from_the_cache, 8),
     Mutation("let a prefix hit cover token e", (2,), _a_hit_may_cover_token_e, 6),
     Mutation(
         "keep distances of a block that is reused",

@@ -177,25 +177,25 @@ def _some(rng: random.Random, least: int, most: int) -> list[int]:
 
 
 def reused_blocks(served: TinyServed) -> tuple[dict[str, Any], list[Ask]]:
-    """Blocks of scored requests go to one with edits off, and then to one that asks for edits.
+    """The blocks of a scored request go to one with edits off, and then to one that asks for them.
 
-    The windows start at the second block, so that the reused blocks hold whole windows.
+    All prompts are as long, so that a window lies in the same place of the same block.
     """
     rng = random.Random(0)
-    tail = served.edited[3][1:]
-    scored = [(1, *_some(rng, 25, 25), *tail) for _ in range(3)]
-    other = (1, *_some(rng, 81, 81))
+    edited = served.edited[-1]
+    trace = [Ask("scored", tuple(edited), 1, 0)]
+    for index in range(8):
+        tokens = (1, *_some(rng, len(edited) - 1, len(edited) - 1))
+        arrive = AT_THE_END + 2 * index
+        trace.append(Ask(f"off{index}", tokens, 1, arrive, edits=False))
+        trace.append(Ask(f"asks{index}", tokens, 1, arrive + 1))
     arguments = {
         "max_num_batched_tokens": 512,
         "max_num_seqs": 3,
-        "num_gpu_blocks_override": 1 + 3 * 3,
+        "num_gpu_blocks_override": 1 + 8,
         "block_size": 32,
     }
-    return arguments, [
-        *(Ask(f"r{index}", tokens, 1, 0) for index, tokens in enumerate(scored)),
-        Ask("off", other, 1, AT_THE_END, edits=False),
-        Ask("asks", other, 1, AT_THE_END + 1),
-    ]
+    return arguments, trace
 
 
 def run_trace(served: TinyServed, arguments: dict[str, Any], trace: list[Ask], edits: bool) -> Run:

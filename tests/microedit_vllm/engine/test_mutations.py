@@ -20,12 +20,14 @@ def plain_runs() -> dict[int, Run]:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_planted_fault_is_seen(served, plain_runs, monkeypatch, mutation: Mutation):
+def test_a_planted_fault_is_seen(
+    served, plain_runs, monkeypatch, mutations_seen, mutation: Mutation
+):
     mutation.plant(monkeypatch)
     for seed in (mutation.seed, *SEEDS):
         report = check_seed(served, seed, plain_runs=plain_runs)
         broken = {invariant for invariant, _ in report.violations}
         if broken & set(mutation.breaks):
-            print(f"{mutation.name}: seed {seed} breaks {sorted(broken)}")
+            mutations_seen[mutation.name] = f"breaks {sorted(broken)}, seen by schedule {seed}"
             return
     pytest.fail(f"{mutation.name}: no schedule broke {mutation.breaks}")

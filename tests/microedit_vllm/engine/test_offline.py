@@ -93,7 +93,7 @@ def test_decisions_are_those_of_the_operator(llm, mixed, residuals, operator):
     for (prompt, options), output in zip(MIXED, mixed, strict=True):
         record = found[output.request_id]
         if options == OFF:
-            assert record == {"ard": None, "tau": 0.6, "on": False}
+            assert record == {"edit_set": "set", "ard": None, "tau": 0.6, "on": False}
             continue
         assert record["ard"] == pytest.approx(residuals.ard(operator, prompt), abs=ARD_NOISE)
         assert record["on"] is (prompt in EDITED)

@@ -13,7 +13,7 @@ FORMS = [
     ("replace", "last", "absolute"),
     ("sequence", "all", "absolute"),
 ]
-QUICK, SOAK = 8, 64
+QUICK, SOAK = 8, 100
 
 
 @pytest.fixture(scope="module")
