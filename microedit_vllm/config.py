@@ -17,8 +17,7 @@ from microedit_vllm.artifact.manifest import Manifest, read_manifest
 from microedit_vllm.errors import MicroEditError
 
 KEY = "microedit"
-# What an edit set with position "sequence" needs: its prompts whole, every token computed.
-SEQUENCE_FLAGS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
+# `Manifest.serve_flags` of such a set, as arguments of `vllm.LLM`.
 SEQUENCE_ARGUMENTS = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
 
 

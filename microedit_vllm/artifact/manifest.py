@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from microedit_vllm.errors import MicroEditError
 
 FORMAT_VERSION = 1
+# Position "sequence" needs each prompt whole in one step, and every token of it computed.
+SEQUENCE_FLAGS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
 
 
 class _Part(BaseModel):
@@ -101,6 +103,11 @@ class Manifest(_Part):
         if self.activation == "threshold" and (self.theta is None or self.placement != "delta"):
             raise ValueError("activation by threshold needs theta and delta placement")
         return self
+
+    @property
+    def serve_flags(self) -> tuple[str, ...]:
+        """Flags of `vllm serve` that the set does not work without."""
+        return SEQUENCE_FLAGS if self.position == "sequence" else ()
 
     def to_json(self) -> str:
         """The file's text."""

@@ -118,8 +118,10 @@ def patch_layer(model: nn.Module, layer: int, num_layers: int) -> bool:
         # A compiled graph holds the op for every step; without one, idle steps go without.
         if torch.compiler.is_compiling() or _applies():
             hidden_states = output if single else output[0]
-            # Models of transformers keep a batch of one before the rows.
-            rows = hidden_states.view(-1, hidden_states.shape[-1])
+            rows = hidden_states
+            if rows.ndim > 2:
+                # Models of transformers keep a batch of one before the rows.
+                rows = rows.view(-1, rows.shape[-1])
             substitute(rows, rows + output[1] if fused else None)
         return output
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from microedit_vllm.artifact import Manifest
-from microedit_vllm.config import KEY, SEQUENCE_FLAGS, ServingConfig, check_model, summary
+from microedit_vllm.artifact.manifest import SEQUENCE_FLAGS
+from microedit_vllm.config import KEY, ServingConfig, check_model, summary
 from microedit_vllm.engine.architectures import refuse_architecture
 from microedit_vllm.engine.compatibility import check_private_names
 from microedit_vllm.errors import MicroEditError

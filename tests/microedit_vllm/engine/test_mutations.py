@@ -1,5 +1,7 @@
 """Each planted fault turns the random schedules red: a test that cannot fail proves nothing."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.microedit_vllm.engine.mutations import MUTATIONS, Mutation
@@ -31,3 +33,10 @@ def test_a_planted_fault_is_seen(
             mutations_seen[mutation.name] = f"breaks {sorted(broken)}, seen by schedule {seed}"
             return
     pytest.fail(f"{mutation.name}: no schedule broke {mutation.breaks}")
+
+
+def test_the_documented_list_names_every_fault():
+    text = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
+    for mutation in MUTATIONS:
+        invariants = ", ".join(map(str, mutation.breaks))
+        assert f"| {mutation.name} | {invariants} |" in text

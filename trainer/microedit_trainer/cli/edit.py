@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from microedit_trainer.cli.progress import counting
-from microedit_vllm.config import SEQUENCE_FLAGS
 from microedit_vllm.errors import MicroEditError
 
 if TYPE_CHECKING:
@@ -121,8 +120,8 @@ def _report(console: Console, edit_set: "EditSet", out: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    if manifest.position == "sequence":
-        console.print(f"to serve it, start with {' '.join(SEQUENCE_FLAGS)}")
+    if manifest.serve_flags:
+        console.print(f"to serve it, start with {' '.join(manifest.serve_flags)}")
     for fact in off[:10]:
         console.print(f"[yellow]does not switch on:[/] {escape(fact['prompt'])}")
     for prompt, note in notes[:20]:

@@ -101,14 +101,12 @@ def _engine(
         return TorchEngine.build(lm, operator)
     from microedit_trainer.demo.server import VllmServer
     from microedit_trainer.server_engine import ServerEngine
-    from microedit_vllm.config import SEQUENCE_FLAGS
 
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
     arguments = ["--microedit", str(folder), "--enforce-eager"]
     if sae is not None:
         arguments += ["--microedit-sae", str(sae)]
-    if edit_set.manifest.position == "sequence":
-        arguments += SEQUENCE_FLAGS
+    arguments += edit_set.manifest.serve_flags
     server = stack.enter_context(VllmServer(lm.folder, arguments, log=log))
     return ServerEngine.connect(server.base_url)
 
