@@ -37,7 +37,7 @@ def states(model: Any) -> Any:
 
 
 def test_a_batch_of_one_is_handed_over_as_rows_and_changed_in_place(recorder):
-    model = build_architecture("GPTNeoXForCausalLM")
+    model = build_architecture("GPT2LMHeadModel")
     before = states(model)
     assert patch_layer(model, 0, LAYERS)
     after = states(model)
