@@ -32,9 +32,9 @@ demo: $(INSTALLED) ## edit a real model and serve it; ARGS= is passed on
 test: lint ## lint, then every test; ARGS= is passed on to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(INSTALLED) ## random schedules by the hundred, and the planted faults that they must see
-	$(BIN)/python -m pytest -m 'soak or not soak' $(ARGS) \
-	    tests/microedit_vllm/engine/test_schedules.py tests/microedit_vllm/engine/test_mutations.py
+soak: $(INSTALLED) ## random schedules by the hundred, planted faults, and engines that take minutes
+	$(BIN)/python -m pytest -m 'soak or not soak' $(ARGS) $(addprefix tests/microedit_vllm/engine/, \
+	    test_schedules.py test_mutations.py test_runner_v2.py test_data_parallel.py)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

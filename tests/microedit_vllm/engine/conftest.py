@@ -57,13 +57,13 @@ _MUTATIONS = pytest.StashKey[dict[str, str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: starts an engine that compiles for minutes")
-    config.addinivalue_line("markers", "soak: a schedule more, for `make soak`")
+    config.addinivalue_line("markers", "soak: left to `make soak`")
     config.stash[_COUNTS] = Counter()
     config.stash[_MUTATIONS] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the many schedules to `make soak`, which asks for them with `-m`."""
+    """Leave the long ones to `make soak`, which asks for them with `-m`."""
     if "soak" not in config.option.markexpr:
         later = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in later]

@@ -1,6 +1,7 @@
 """Architectures: what is said of them, and edits in vLLM beside the same edits in transformers."""
 
-import gc
+import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -27,7 +28,7 @@ from microedit_vllm.engine.architectures import classify, form_of, registry
 from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_manifest, tiny_sae
 from tests.microedit_vllm.engine.huggingface_reference import Answer, HuggingFaceReference
-from tests.microedit_vllm.engine.synthetic import running
+from tests.microedit_vllm.engine.in_process import engine_here
 from tests.tiny_architectures import CONFIGS, tiny_architecture
 
 LATENTS, K, STEPS = 128, 8, 6
@@ -38,6 +39,8 @@ PROMPTS = [
     "THE CHIEF EXECUTIVE OF THE COMPANY IS",
 ]
 # Decoder layers in a Hugging Face model, where they are not `model.layers`.
+# Those that vLLM runs through transformers' own class.
+TRANSFORMERS_BACKEND = {"gpt_neox": "GPTNeoXModel", "phi": "PhiModel", "olmo": "OlmoModel"}
 LAYERS_AT = {"GPT2LMHeadModel": "transformer.h", "GPTNeoXForCausalLM": "gpt_neox.layers"}
 ENGINE = {
     "dtype": "float32",
@@ -100,11 +103,10 @@ def serve(
 ) -> list[tuple[Answer, Any]]:
     """Each prompt's answer and decision, all in one batch of an engine in this process."""
     from vllm import SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
     setting = {"microedit": {"edit_set": str(edit_set)}}
-    with running(model, **ENGINE, **engine, additional_config=setting) as llm:
+    with engine_here(model, **ENGINE, **engine, additional_config=setting) as llm:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(inputs, params, use_tqdm=False)
         found = decisions(llm, [output.request_id for output in outputs])
@@ -114,9 +116,6 @@ def serve(
         steps = zip(tokens, output.outputs[0].logprobs, strict=True)
         answer = Answer(tokens, [step[token].logprob for token, step in steps])
         answers.append((answer, found[output.request_id]))
-    del llm
-    cleanup_dist_env_and_memory()
-    gc.collect()
     return answers
 
 
@@ -231,10 +230,22 @@ def prove(
         assert answer.logprobs == pytest.approx(same.logprobs, abs=1e-3)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines in this process: a small one starts in seconds."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+@pytest.fixture(autouse=True)
+def transformers_as_it_was() -> Iterator[None]:
+    """Undo what vLLM's transformers backend does to model classes (`support_torch_compile`)."""
+    classes = [
+        getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), model)
+        for name, model in TRANSFORMERS_BACKEND.items()
+    ]
+    before = [(each, each.__bases__, dict(vars(each))) for each in classes]
+    yield
+    for each, bases, attributes in before:
+        each.__bases__ = bases
+        for name in set(vars(each)) - set(attributes):
+            delattr(each, name)
+        for name, value in attributes.items():
+            if vars(each)[name] is not value:
+                setattr(each, name, value)
 
 
 def prove_tiny(architecture: str, root: Path, **engine: Any) -> None:
@@ -244,20 +255,17 @@ def prove_tiny(architecture: str, root: Path, **engine: Any) -> None:
     prove(model, root, reference(model, layers, layer=1), prompts, **engine)
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_edits_in_vllm_are_those_of_a_huggingface_forward(architecture, tmp_path):
     prove_tiny(architecture, tmp_path)
 
 
 @pytest.mark.compiled
-@pytest.mark.usefixtures("in_process")
 def test_the_same_under_torch_compile_where_rows_are_a_view(tmp_path):
     """Models of transformers; `test_compiled.py` compiles one of vLLM's own."""
     prove_tiny("OlmoForCausalLM", tmp_path, enforce_eager=False)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_edits_in_the_real_gemma3_270m_are_those_of_a_huggingface_forward(gemma3_270m, tmp_path):
     hf = reference(gemma3_270m, "model.layers", layer=12)
     tokenizer = AutoTokenizer.from_pretrained(gemma3_270m)

@@ -11,6 +11,9 @@ import pytest
 from microedit_trainer.demo.server import VllmServer
 from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
 
+# Ten processes: `make soak` runs it.
+pytestmark = pytest.mark.soak
+
 NAME = "tiny"
 ENGINES = 2
 SERVE = [

@@ -55,7 +55,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, draft
 
 
-@pytest.fixture(scope="module", params=list(MODES))
+# `make soak` runs them all.
+_OFTEN, *_LATER = MODES
+
+
+@pytest.fixture(
+    scope="module",
+    params=[_OFTEN, *(pytest.param(mode, marks=pytest.mark.soak) for mode in _LATER)],
+)
 def run(request: Any, models: tuple[Path, Path], tmp_path_factory: Any) -> dict[str, Any]:
     """What one engine did with more requests than its KV cache holds."""
     options = json.loads(json.dumps(MODES[request.param]))
