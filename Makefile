@@ -34,7 +34,8 @@ test: lint ## lint, then every test; ARGS= is passed on to pytest
 
 soak: $(INSTALLED) ## random schedules by the hundred, planted faults, and engines that take minutes
 	$(BIN)/python -m pytest -m 'soak or not soak' $(ARGS) $(addprefix tests/microedit_vllm/engine/, \
-	    test_schedules.py test_mutations.py test_runner_v2.py test_data_parallel.py)
+	    test_schedules.py test_mutations.py test_runner_v2.py test_data_parallel.py \
+	    test_architectures.py)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

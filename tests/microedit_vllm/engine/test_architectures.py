@@ -260,7 +260,7 @@ def test_edits_in_vllm_are_those_of_a_huggingface_forward(architecture, tmp_path
     prove_tiny(architecture, tmp_path)
 
 
-@pytest.mark.compiled
+@pytest.mark.soak
 def test_the_same_under_torch_compile_where_rows_are_a_view(tmp_path):
     """Models of transformers; `test_compiled.py` compiles one of vLLM's own."""
     prove_tiny("OlmoForCausalLM", tmp_path, enforce_eager=False)
