@@ -4,8 +4,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from microedit_vllm.artifact import Manifest
-from microedit_vllm.engine.request_plan import plan_request
+from microedit_vllm.config import KEY
+from microedit_vllm.engine.request_plan import decision_position
 from microedit_vllm.errors import MicroEditError
 
 
@@ -13,25 +13,25 @@ class BadOptionError(VLLMValidationError, ValueError):
     """A bad value in `vllm_xargs`: HTTP 400 on a server, a ValueError offline."""
 
 
-def check_requests(manifest: Manifest) -> None:
+def check_requests() -> None:
     """Refuse bad options where a request enters (`vllm/v1/engine/input_processor.py`)."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    process_inputs = getattr(
-        InputProcessor.process_inputs, "microedit_original", InputProcessor.process_inputs
-    )
+    process_inputs = InputProcessor.process_inputs
+    if getattr(process_inputs, "microedit", False):
+        return
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and "microedit" in self.vllm_config.additional_config:
+        if params is not None and KEY in self.vllm_config.additional_config:
             try:
-                plan_request(request.prompt_token_ids, params.extra_args, manifest)
+                decision_position(request.prompt_token_ids, params.extra_args)
             except MicroEditError as error:
                 raise BadOptionError(str(error)) from None
         return request
 
-    checked.microedit_original = process_inputs  # type: ignore[attr-defined]
+    checked.microedit = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = checked
 
 

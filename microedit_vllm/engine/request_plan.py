@@ -28,17 +28,14 @@ class RequestPlan:
     substitute_from: int
 
 
-def plan_request(
-    prompt_token_ids: Sequence[int] | None,
-    extra_args: Mapping[str, Any] | None,
-    manifest: Manifest,
-) -> RequestPlan | None:
-    """Plan a request; None where it asks for no edits (or has no token ids to decide by).
+def decision_position(
+    prompt_token_ids: Sequence[int] | None, extra_args: Mapping[str, Any] | None
+) -> int | None:
+    """e of a request; None where it asks for no edits (or has no token ids to decide by).
 
     Args:
         prompt_token_ids: the prompt as first submitted, without generated tokens.
         extra_args: `SamplingParams.extra_args`, which is `vllm_xargs` in the OpenAI body.
-        manifest: of the edit set that is served.
 
     Raises:
         MicroEditError: an option of ours has an unknown name or a value out of range.
@@ -52,7 +49,7 @@ def plan_request(
     switch = options.get(SWITCH, "on")
     if switch not in ("on", "off"):
         raise MicroEditError(f"vllm_xargs.{SWITCH} must be 'on' or 'off', not {switch!r}")
-    size = 0 if prompt_token_ids is None else len(prompt_token_ids)
+    size = len(prompt_token_ids or ())
     edit_from = options.get(EDIT_FROM, max(size - 1, 0))
     valid = isinstance(edit_from, int) and not isinstance(edit_from, bool)
     if not valid or not 0 <= edit_from < max(size, 1):
@@ -60,7 +57,21 @@ def plan_request(
             f"vllm_xargs.{EDIT_FROM} must be a position in the prompt, a whole number from 0 to "
             f"{max(size - 1, 0)}, not {edit_from!r}"
         )
-    if switch == "off" or prompt_token_ids is None or size == 0:
+    return None if switch == "off" or size == 0 else edit_from
+
+
+def plan_request(
+    prompt_token_ids: Sequence[int] | None,
+    extra_args: Mapping[str, Any] | None,
+    manifest: Manifest,
+) -> RequestPlan | None:
+    """Plan a request; arguments, None and errors as in `decision_position`.
+
+    Args:
+        manifest: of the edit set that is served.
+    """
+    edit_from = decision_position(prompt_token_ids, extra_args)
+    if edit_from is None or prompt_token_ids is None:
         return None
     decision = manifest.decision
     span = scored_span(prompt_token_ids, edit_from, decision.scope, decision.turn)

@@ -122,7 +122,7 @@ def _prepare(vllm_config: Any, announce: bool) -> None:
     name = "EditAsyncScheduler" if scheduling.async_scheduling else "EditScheduler"
     scheduling.scheduler_cls = f"microedit_vllm.engine.scheduler.{name}"
     _separate_cache(vllm_config.compilation_config, manifest.layer)
-    check_requests(manifest)
+    check_requests()
     _adapt_graphs(vllm_config.compilation_config, manifest)
     serve_routes()
     if announce:

@@ -52,7 +52,6 @@ class EditWorker:
     vllm_config: Any
     model_runner: Any
     _edit_operator: EditOperator
-    _edit_adapter: RunnerAdapter
     _edit_state: EditState | None = None
 
     def load_model(self, **kwargs: Any) -> None:

@@ -74,5 +74,6 @@ def test_two_real_engines_from_the_command_line(tmp_path, monkeypatch):
     for traffic in ("decode-heavy", "prefill-heavy"):
         runs = [run for run in report["runs"] if run["traffic"] == traffic]
         assert [run["engine"] for run in runs] == ["microedit", "plain", "plain", "microedit"]
-        assert all(run["seconds"] > 0 and run["cpu_seconds"] > 0 for run in runs)
+        # CPU time is counted in ticks, and a run of this size may end within one.
+        assert all(run["seconds"] > 0 and run["cpu_seconds"] >= 0 for run in runs)
         assert traffic in result.output

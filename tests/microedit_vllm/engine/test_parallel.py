@@ -19,7 +19,7 @@ from tests.microedit_vllm.engine.sharded_ranks import (
     results,
     run_ranks,
 )
-from tests.microedit_vllm.engine.tiny_served import CLEAR, TinyServed, tiny_served
+from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
 
 ENGINE = {
     "max_num_batched_tokens": 64,
@@ -110,31 +110,14 @@ def alone(trial) -> Callable[[int], Trial]:
 
 
 def assert_same(trace: list[Ask], one: Run, other: Run) -> None:
-    """Tokens up to the first choice that rounding can turn, decisions, and ARD within 1e-3."""
+    """The same decisions, ARD within 1e-3, and all tokens."""
     for ask in trace:
         record, found = one.decisions[ask.name], other.decisions[ask.name]
         if record["ard"] is not None:
             record = record | {"ard": pytest.approx(record["ard"], rel=1e-3)}
         assert found == record, ask
-    pairs = [
-        pair
-        for ask in trace
-        for pair in zip(one.samples[ask.name], other.samples[ask.name], strict=True)
-    ]
-    lengths = [_clear(sample) for sample, _ in pairs]
-    for (sample, found), length in zip(pairs, lengths, strict=True):
-        assert [token for token, _ in found[:length]] == [token for token, _ in sample[:length]]
-    whole = [len(sample) == length for (sample, _), length in zip(pairs, lengths, strict=True)]
-    assert sum(whole) > 0.9 * len(whole)
-
-
-def _clear(sample: list[tuple[int, dict[int, float]]]) -> int:
-    """How many of the choices come before the first that rounding can turn."""
-    for index, (_, tops) in enumerate(sample):
-        best = sorted(tops.values())[-2:]
-        if best[1] - best[0] < CLEAR:
-            return index
-    return len(sample)
+        for wanted, got in zip(one.samples[ask.name], other.samples[ask.name], strict=True):
+            assert [token for token, _ in got] == [token for token, _ in wanted], ask
 
 
 def expected_to_be_heard(trace: list[Ask], run: Run) -> dict[str, bool]:
