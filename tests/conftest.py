@@ -1,9 +1,29 @@
 """What tests of all three roots share."""
 
+import importlib
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+_KERNELS = ("row_plan",)
+
+
+def _import_kernels() -> None:
+    """Import the kernels for Triton's interpreter, where there is no GPU to run them on.
+
+    Triton decides at each `@triton.jit`, its own library's included, so this comes first of all
+    imports. The variable must not reach the servers that tests start.
+    """
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    for operator in _KERNELS:
+        importlib.import_module(f"microedit_kernels.{operator}.kernel")
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+_import_kernels()
 
 
 def _cached(name: str) -> Path:

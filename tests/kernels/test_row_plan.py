@@ -1,10 +1,9 @@
-import itertools
-
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microedit_kernels.row_plan import OFF, SCORED, SUBSTITUTED, compact_rows, row_states
+from microedit_kernels.row_plan import OFF, SCORED, SUBSTITUTED, group_rows, kernel, row_states
 
 BEYOND = 1 << 40
 
@@ -18,15 +17,18 @@ def test_a_mixed_step():
     states = row_states(positions, scored_from, scored_to, edit_from)
     assert states.dtype == torch.int8
     assert states.tolist() == [OFF, SCORED, SCORED, SUBSTITUTED, SUBSTITUTED, OFF, OFF]
-    assert compact_rows(states, SCORED).tolist() == [1, 2]
-    assert compact_rows(states, SUBSTITUTED).tolist() == [3, 4]
+    rows, offsets = group_rows(states.int() - SCORED, 2)
+    assert rows.tolist() == [1, 2, 3, 4]
+    assert offsets.tolist() == [0, 2, 4]
 
 
 def test_an_empty_step():
     nothing = torch.empty(0, dtype=torch.int64)
     states = row_states(nothing, nothing, nothing, nothing)
     assert states.shape == (0,)
-    assert compact_rows(states, SCORED).shape == (0,)
+    rows, offsets = group_rows(states.int() - SCORED, 2)
+    assert rows.shape == (0,)
+    assert offsets.tolist() == [0, 0, 0]
 
 
 row = st.tuples(*[st.integers(0, 12)] * 4)
@@ -44,6 +46,28 @@ def test_every_row_is_in_the_state_that_its_position_says(rows):
             assert state == SUBSTITUTED
         else:
             assert state == (SCORED if scored_from <= position < scored_to else OFF)
-    lists = [compact_rows(states, which).tolist() for which in (OFF, SCORED, SUBSTITUTED)]
-    assert sorted(itertools.chain(*lists)) == list(range(len(rows)))
-    assert all(found == sorted(found) for found in lists)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(-1, 3), max_size=20))
+def test_rows_are_grouped_by_key_in_order(keys):
+    rows, offsets = group_rows(torch.tensor(keys, dtype=torch.int32), 4)
+    lists = [rows[offsets[key] : offsets[key + 1]].tolist() for key in range(4)]
+    assert lists == [[row for row, k in enumerate(keys) if k == key] for key in range(4)]
+    assert len(rows) == sum(key >= 0 for key in keys)
+
+
+@pytest.mark.parametrize("M", [1, 7, 1024, 1025, 3000])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("num_keys", [1, 3])
+def test_the_kernel_groups_as_the_reference(M, share, num_keys, device):
+    generator = torch.Generator().manual_seed(M)
+    keys = torch.randint(num_keys, (M,), generator=generator)
+    keys = keys.where(torch.rand(M, generator=generator) < share, -1).int().to(device)
+    rows = torch.full((M,), 1 << 30, dtype=torch.int32, device=device)
+    offsets = torch.full((num_keys + 1,), 1 << 30, dtype=torch.int32, device=device)
+    kernel.group_rows(keys, rows, offsets)
+    expected_rows, expected_offsets = group_rows(keys, num_keys)
+    assert offsets.tolist() == expected_offsets.tolist()
+    assert rows[: offsets[-1]].tolist() == expected_rows.tolist()
+    assert (rows[offsets[-1] :] == 1 << 30).all()

@@ -28,6 +28,18 @@ def row_states(
     return torch.where(positions >= edit_from, SUBSTITUTED, state).to(torch.int8)
 
 
-def compact_rows(state: Tensor, which: int) -> Tensor:
-    """Indices of the rows in one state, ascending: [M] → [R] int64."""
-    return (state == which).nonzero()[:, 0]
+def group_rows(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """The rows that need work, grouped by key, ascending within a key.
+
+    Args:
+        keys: [M] int32, e.g. the edit set that a row is on with; −1 for a row that needs no work.
+        num_keys: keys are below it.
+
+    Returns:
+        rows [active] int32, and offsets [num_keys + 1] int32: key s has rows[offsets[s] :
+        offsets[s + 1]].
+    """
+    order = keys.sort(stable=True).indices
+    rows = order[(keys < 0).sum() :].int()
+    ends = (keys[:, None] <= torch.arange(-1, num_keys, device=keys.device)).sum(0)
+    return rows, (ends - (keys < 0).sum()).int()
