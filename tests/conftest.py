@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-_KERNELS = ("row_plan",)
+_KERNELS = ("row_plan", "topk_encode")
 
 
 def _import_kernels() -> None:

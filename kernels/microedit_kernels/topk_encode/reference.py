@@ -23,6 +23,30 @@ def pre_acts(z: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = Non
     return linear(z, W_enc.float(), b_enc.float())
 
 
+def input_norm(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """How SAEs that normalise their input do so: z becomes (z − shift)·scale.
+
+    Args:
+        z: [..., d].
+        kind: "rms", to the norm √d (SAE Lens `constant_norm_rescale`), or "layer", to mean 0 and
+            deviation 1 (SAE Lens `layer_norm`).
+
+    Returns:
+        scale and shift per token, two [...] fp32.
+    """
+    z = z.float()
+    if kind == "rms":
+        return z.shape[-1] ** 0.5 / z.norm(dim=-1), torch.zeros_like(z[..., 0])
+    return 1 / (z.std(dim=-1) + 1e-5), z.mean(-1)
+
+
+def folded_bias(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+    """b_enc − W_enc·b_dec, [n] fp32: the bias of z·W_enc where b_dec is subtracted from z."""
+    if b_dec is None:
+        return b_enc.float()
+    return (b_enc.double() - W_enc.double() @ b_dec.double()).float()
+
+
 def select_topk(acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, ties to the lower index, NaN ranked highest as torch does.
 
