@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-_KERNELS = ("row_plan", "topk_encode")
+_KERNELS = ("row_plan", "topk_encode", "sparse_decode", "switch")
 
 
 def _import_kernels() -> None:
