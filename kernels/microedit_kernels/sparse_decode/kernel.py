@@ -16,44 +16,46 @@ from microedit_kernels.sparse_decode.launch import DecodeConfig, decode_config
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    acts, places, weights, columns, inside, k, d, KU: tl.constexpr, BD: tl.constexpr
+    acts,
+    indices,
+    row_map,
+    W_dec,
+    values,
+    columns,
+    inside,
+    k,
+    d,
+    BASE: tl.constexpr,
+    KU: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    """Σ acts·weights[places] over the given columns; places below 0 are left out: [BD] fp32."""
-    total = tl.zeros((BD,), tl.float32)
+    """Σ h_i·W_dec[i] and δ = Σ h_i·ΔW_dec[i] over the given columns: two [BD] fp32.
+
+    Indices below 0 are left out, and so is the first sum where not BASE. Summed over the top k at
+    the end only, so that its parts stay with the warps that gather them.
+    """
+    base = tl.zeros((KU, BD), tl.float32)
+    delta = tl.zeros((KU, BD), tl.float32)
     at = tl.arange(0, KU)
     for start in range(0, k, KU):
-        here = start + at < k
-        place = tl.load(places + start + at, mask=here, other=-1)
-        act = tl.load(acts + start + at, mask=here & (place >= 0), other=0.0)
-        part = tl.load(
-            weights + tl.maximum(place, 0).to(tl.int64)[:, None] * d + columns[None, :],
+        index = tl.load(indices + start + at, mask=start + at < k, other=-1)
+        act = tl.load(acts + start + at, mask=index >= 0, other=0.0)
+        place = tl.load(row_map + index, mask=index >= 0, other=-1)
+        if BASE:
+            row = tl.load(
+                W_dec + tl.maximum(index, 0).to(tl.int64)[:, None] * d + columns[None, :],
+                mask=(index >= 0)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            base += row.to(tl.float32) * act[:, None]
+        # Nothing is read for a latent that is not changed.
+        change = tl.load(
+            values + tl.maximum(place, 0).to(tl.int64)[:, None] * d + columns[None, :],
             mask=(place >= 0)[:, None] & inside[None, :],
             other=0.0,
         )
-        total += tl.sum(part.to(tl.float32) * act[:, None], 0)
-    return total
-
-
-@triton.jit
-def _gather_changed(  # type: ignore[no-untyped-def]
-    acts, indices, row_map, values, columns, inside, k, d, KU: tl.constexpr, BD: tl.constexpr
-):
-    """The same over the changed rows: [BD] fp32; ends at once where none is among the top k."""
-    total = tl.zeros((BD,), tl.float32)
-    at = tl.arange(0, KU)
-    for start in range(0, k, KU):
-        here = start + at < k
-        index = tl.load(indices + start + at, mask=here, other=-1)
-        place = tl.load(row_map + tl.maximum(index, 0), mask=index >= 0, other=-1)
-        if tl.max(place) >= 0:
-            act = tl.load(acts + start + at, mask=place >= 0, other=0.0)
-            part = tl.load(
-                values + tl.maximum(place, 0).to(tl.int64)[:, None] * d + columns[None, :],
-                mask=(place >= 0)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            total += tl.sum(part.to(tl.float32) * act[:, None], 0)
-    return total
+        delta += change.to(tl.float32) * tl.where(place >= 0, act, 0.0)[:, None]
+    return tl.sum(base, 0), tl.sum(delta, 0)
 
 
 @triton.jit
@@ -103,14 +105,15 @@ def _decode(  # type: ignore[no-untyped-def]
         inside = columns < d
         acts = top_acts + r.to(tl.int64) * k
         indices = top_indices + r.to(tl.int64) * k
-        delta = _gather_changed(acts, indices, row_map, values, columns, inside, k, d, KU, BD)
+        z_hat0, delta = _gather(
+            acts, indices, row_map, W_dec, values, columns, inside, k, d, not DELTA, KU, BD
+        )
         z_here = tl.load(z + row * z_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if DELTA:
             at = hidden_states + row * hidden_stride + columns
             hidden = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             tl.store(at, (hidden + delta).to(hidden_states.dtype.element_ty), mask=inside)
         else:
-            z_hat0 = _gather(acts, indices, W_dec, columns, inside, k, d, KU, BD)
             if SCORE or REPLACE:
                 z_hat0 += tl.load(b_dec + columns, mask=inside, other=0.0).to(tl.float32)
             if REPLACE:

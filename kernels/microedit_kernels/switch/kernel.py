@@ -99,7 +99,14 @@ def decide(
     if sequences == 0:
         return
     _decide[(sequences,)](
-        *(dist, dist0, counts.view(torch.int8), window_slots, in_window.view(torch.int8), decide_slots),
+        *(
+            dist,
+            dist0,
+            counts.view(torch.int8),
+            window_slots,
+            in_window.view(torch.int8),
+            decide_slots,
+        ),
         *(compacted, ards, on.view(torch.int8), alpha or 0.0, tau, min_tokens, width, run),
         RELATIVE=alpha is None,
         W=triton.next_power_of_2(max(width, 1)),

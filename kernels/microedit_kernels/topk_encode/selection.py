@@ -22,51 +22,39 @@ def order_key(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def kth_key(keys, k):  # type: ignore[no-untyped-def]
-    """A threshold t and how many of the keys equal to it belong to the k largest.
+    """A threshold and how many of the keys equal to it belong to the k largest.
 
-    Keys above t are fewer than k, or exactly k with none of t. Four-way search over the key's
-    range, ended as soon as k keys stand out. At least k keys must be above NOTHING; keys are at
-    most 2²⁰.
+    Every key above the threshold does. Three-way search over the range of the keys, which ends as
+    soon as k keys stand out. At most 2¹⁴ keys; where fewer than k are above NOTHING, all are taken.
     """
     low = tl.min(tl.where(keys == NOTHING, 0x7FFFFFFF, keys)).to(tl.int64)
     high = tl.max(keys).to(tl.int64) + 1
-    # At least k keys are ≥ low, fewer than k are ≥ high.
-    above_high = tl.full((), 0, tl.int64)
-    at_low = tl.full((), -1, tl.int64)
-    while (high - low > 1) & (at_low != k):
-        quarter = (high - low) // 4
-        first = low + tl.maximum(quarter, 1)
-        second = tl.minimum(low + tl.maximum(2 * quarter, 1), high - 1)
-        third = tl.minimum(low + tl.maximum(3 * quarter, 1), high - 1)
-        wide = keys.to(tl.int64)
-        packed = (
-            (wide >= first).to(tl.int64)
-            + ((wide >= second).to(tl.int64) << 21)
-            + ((wide >= third).to(tl.int64) << 42)
+    # At least k keys are ≥ low (unless there are fewer), fewer than k are ≥ high.
+    from_low = tl.full((), -1, tl.int32)
+    from_high = tl.full((), 0, tl.int32)
+    while (high - low > 1) & (from_low != k):
+        third = tl.maximum((high - low) // 3, 1)
+        first = low + third
+        second = tl.minimum(first + third, high - 1)
+        # Two counts in one reduction, 16 bits each.
+        counts = tl.sum(
+            (keys >= first.to(tl.int32)).to(tl.int32)
+            + tl.where(keys >= second.to(tl.int32), 1 << 16, 0)
         )
-        counts = tl.sum(packed)
-        at_first = counts & 0x1FFFFF
-        at_second = (counts >> 21) & 0x1FFFFF
-        at_third = counts >> 42
-        if at_third >= k:
-            low = third
-            at_low = at_third
-        elif at_second >= k:
+        from_first = counts & 0xFFFF
+        from_second = counts >> 16
+        if from_second >= k:
             low = second
-            at_low = at_second
-            high = third
-            above_high = at_third
-        elif at_first >= k:
+            from_low = from_second
+        elif from_first >= k:
             low = first
-            at_low = at_first
+            from_low = from_first
             high = second
-            above_high = at_second
+            from_high = from_second
         else:
             high = first
-            above_high = at_first
-    # Everything from low on is a threshold just below it, with none of its own.
-    exact = at_low == k
-    return tl.where(exact, low - 1, low), tl.where(exact, 0, k - above_high)
+            from_high = from_first
+    return low.to(tl.int32), tl.where(from_low == k, k, k - from_high)
 
 
 @triton.jit
@@ -77,13 +65,12 @@ def chosen_places(keys, k):  # type: ignore[no-untyped-def]
         chosen [N] bool, place [N] int32 (of use where chosen).
     """
     threshold, of_equal = kth_key(keys, k)
-    wide = keys.to(tl.int64)
-    greater = (wide > threshold) & (keys != NOTHING)
-    equal = (wide == threshold) & (keys != NOTHING)
+    greater = keys > threshold
+    equal = (keys == threshold) & (keys != NOTHING)
     # Two counts in one scan: of the equal ones, the first `of_equal` are taken.
-    packed = greater.to(tl.int64) + (equal.to(tl.int64) << 32)
+    packed = greater.to(tl.int32) + tl.where(equal, 1 << 16, 0)
     before = tl.cumsum(packed, 0) - packed
-    equal_before = before >> 32
+    equal_before = before >> 16
     chosen = greater | (equal & (equal_before < of_equal))
-    place = (before & 0xFFFFFFFF) + tl.minimum(equal_before, of_equal)
-    return chosen, place.to(tl.int32)
+    place = (before & 0xFFFF) + tl.minimum(equal_before, of_equal)
+    return chosen, place
