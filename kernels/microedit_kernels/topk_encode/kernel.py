@@ -222,8 +222,8 @@ def topk_encode(
     Args:
         z: residual stream, [M, d], rows contiguous.
         rows, count: active rows [≥ count] int32 and their number [1] int32, on the device.
-        W_enc: [n, d]; products are exact in fp32, whatever the two dtypes. bias: [n] fp32, b_dec folded in
-            (`reference.folded_bias`).
+        W_enc: [n, d]; products are exact in fp32, whatever the two dtypes.
+        bias: [n] fp32, b_dec folded in (`reference.folded_bias`).
         top_acts, top_indices: [M, k] fp32 and int32, written for the first `count` rows.
         relu: before the selection (sparsify's order).
         norm: see `InputNorm`; None leaves z as it is.
