@@ -54,16 +54,21 @@ class Case:
     def plan(self):
         return self.rows, self.count, self.top_acts, self.top_indices, self.decoder
 
+    def scratch(self):
+        """Poisoned, and for a configuration that splits finer than that of a served shape."""
+        made = vars(DecodeScratch.allocate(self.M, self.d, self.k, self.device))
+        made["partial"] = torch.empty(self.M, 3 * 64, device=self.device)
+        for name in set(made) - {"arrived"}:
+            made[name].fill_(torch.nan if made[name].is_floating_point() else 1 << 30)
+        return DecodeScratch(**made)
+
     def scored(self, scratch=None, max_norm=torch.inf):
         """dist, dist0 and counts by slot: the slots are those of another order."""
         slots = torch.arange(self.M, 0, -1, device=self.device)
         dist, dist0 = (torch.full((self.M + 1,), torch.nan, device=self.device) for _ in "01")
         counts = torch.full((self.M + 1,), False, device=self.device)
         if scratch is None:
-            scratch = DecodeScratch.allocate(self.M, self.d, self.device)
-        # The configuration of a test splits finer than that of a served shape.
-        partial = torch.full((self.M, 3 * 64), torch.nan, device=self.device)
-        scratch = DecodeScratch(partial, scratch.arrived)
+            scratch = self.scratch()
         score(self.z, *self.plan, slots, dist, dist0, counts, max_norm, scratch, SMALL)
         assert (scratch.arrived == 0).all()
         done = slots[: len(self.active)]
@@ -110,8 +115,9 @@ def test_rows_beyond_the_norm_do_not_count(device):
 
 
 def test_stale_scratch_is_harmless(device):
-    scratch = DecodeScratch.allocate(6, 123, device)
-    Case(6, 123, 100, 8, 100, list(range(6)), device).check_scores(scratch=scratch)
+    first = Case(6, 123, 100, 8, 100, list(range(6)), device)
+    scratch = first.scratch()
+    first.check_scores(scratch=scratch)
     Case(6, 123, 100, 8, 3, [1, 4], device).check_scores(scratch=scratch)
 
 
@@ -122,7 +128,7 @@ def test_substitution_in_place(placement, alone, active, device):
     case = Case(5, 123, 100, 8, 30, active, device)
     hidden = case.z if alone else torch.randn(5, 123, device=device)
     before, z = hidden.clone(), case.z.clone()
-    substitute(hidden, case.z, *case.plan, placement, SMALL)
+    substitute(hidden, case.z, *case.plan, placement, case.scratch(), SMALL)
     target = case.z_hat0 if placement == "replace" else z[active]
     expected = before[active] + (target + case.delta - z[active])
     torch.testing.assert_close(hidden[active], expected, rtol=1e-4, atol=1e-4)
@@ -136,7 +142,7 @@ def test_delta_without_a_changed_latent_keeps_the_bits(device):
     case = Case(5, 123, 100, 8, 0, [0, 1, 2, 3, 4], device)
     hidden = torch.randn(5, 123, device=device)
     before = hidden.clone()
-    substitute(hidden, case.z, *case.plan, "delta", SMALL)
+    substitute(hidden, case.z, *case.plan, "delta", case.scratch(), SMALL)
     assert torch.equal(hidden, before)
 
 
@@ -149,7 +155,9 @@ def test_parts_of_shards_add_up(device):
         local[(local < 0) | (local >= last - first)] = -1
         shard = Decoder(whole.W_dec[first:last], whole.b_dec, whole.row_map[first:last], values)
         parts = torch.full((2, 5, 123), torch.nan, device=device)
-        decode_parts(case.z, case.rows, case.count, case.top_acts, local, shard, parts, SMALL)
+        decode_parts(
+            case.z, case.rows, case.count, case.top_acts, local, shard, parts, case.scratch(), SMALL
+        )
         assert parts[:, 3:].isnan().all()
         total += parts
     torch.testing.assert_close(total[0, :3] + whole.b_dec, case.z_hat0)

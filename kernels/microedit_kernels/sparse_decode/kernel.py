@@ -15,47 +15,54 @@ from microedit_kernels.sparse_decode.launch import DecodeConfig, decode_config
 
 
 @triton.jit
+def _list_changed(  # type: ignore[no-untyped-def]
+    count, top_acts, top_indices, row_map, acts, places, sizes, k, KP: tl.constexpr
+):
+    """Of each row's top k, those whose decoder row is changed, side by side."""
+    r = tl.program_id(0)
+    if r < tl.load(count):
+        at = tl.arange(0, KP)
+        source = r.to(tl.int64) * k + at
+        index = tl.load(top_indices + source, mask=at < k, other=-1)
+        act = tl.load(top_acts + source, mask=at < k, other=0.0)
+        place = tl.load(row_map + index, mask=index >= 0, other=-1)
+        changed = place >= 0
+        to = r.to(tl.int64) * k + tl.cumsum(changed.to(tl.int32), 0) - 1
+        tl.store(acts + to, act, mask=changed)
+        tl.store(places + to, place, mask=changed)
+        tl.store(sizes + r, tl.sum(changed.to(tl.int32)))
+
+
+@triton.jit
 def _gather(  # type: ignore[no-untyped-def]
     acts,
-    indices,
-    row_map,
-    W_dec,
-    values,
+    places,
+    weights,
     columns,
     inside,
     k,
     d,
-    BASE: tl.constexpr,
     KU: tl.constexpr,
     BD: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """Σ h_i·W_dec[i] and δ = Σ h_i·ΔW_dec[i] over the given columns: two [BD] fp32.
+    """Σ acts·weights[places] over the given columns, places below 0 left out: [BD] fp32.
 
-    Indices below 0 are left out, and so is the first sum where not BASE. Summed over the top k at
-    the end only, so that its parts stay with the warps that gather them.
+    Each warp sums the rows that it gathers; the warps' sums are added at the end.
     """
-    base = tl.zeros((KU, BD), tl.float32)
-    delta = tl.zeros((KU, BD), tl.float32)
+    total = tl.zeros((WARPS, BD), tl.float32)
     at = tl.arange(0, KU)
     for start in range(0, k, KU):
-        index = tl.load(indices + start + at, mask=start + at < k, other=-1)
-        act = tl.load(acts + start + at, mask=index >= 0, other=0.0)
-        place = tl.load(row_map + index, mask=index >= 0, other=-1)
-        if BASE:
-            row = tl.load(
-                W_dec + tl.maximum(index, 0).to(tl.int64)[:, None] * d + columns[None, :],
-                mask=(index >= 0)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            base += row.to(tl.float32) * act[:, None]
-        # Nothing is read for a latent that is not changed.
-        change = tl.load(
-            values + tl.maximum(place, 0).to(tl.int64)[:, None] * d + columns[None, :],
+        place = tl.load(places + start + at, mask=start + at < k, other=-1)
+        act = tl.load(acts + start + at, mask=place >= 0, other=0.0)
+        row = tl.load(
+            weights + tl.maximum(place, 0).to(tl.int64)[:, None] * d + columns[None, :],
             mask=(place >= 0)[:, None] & inside[None, :],
             other=0.0,
         )
-        delta += change.to(tl.float32) * tl.where(place >= 0, act, 0.0)[:, None]
-    return tl.sum(base, 0), tl.sum(delta, 0)
+        part = row.to(tl.float32) * act[:, None]
+        total += tl.sum(tl.reshape(part, (KU // WARPS, WARPS, BD)), 0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -74,8 +81,10 @@ def _decode(  # type: ignore[no-untyped-def]
     top_indices,
     W_dec,
     b_dec,
-    row_map,
     values,
+    changed_acts,
+    changed_places,
+    sizes,
     dist,
     dist0,
     counts,
@@ -96,6 +105,7 @@ def _decode(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     BD: tl.constexpr,
     KU: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     r = tl.program_id(0)
     split = tl.program_id(1)
@@ -105,8 +115,18 @@ def _decode(  # type: ignore[no-untyped-def]
         inside = columns < d
         acts = top_acts + r.to(tl.int64) * k
         indices = top_indices + r.to(tl.int64) * k
-        z_hat0, delta = _gather(
-            acts, indices, row_map, W_dec, values, columns, inside, k, d, not DELTA, KU, BD
+        size = tl.load(sizes + r)
+        delta = _gather(
+            changed_acts + r.to(tl.int64) * k,
+            changed_places + r.to(tl.int64) * k,
+            values,
+            columns,
+            inside,
+            size,
+            d,
+            KU,
+            BD,
+            WARPS,
         )
         z_here = tl.load(z + row * z_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if DELTA:
@@ -114,6 +134,7 @@ def _decode(  # type: ignore[no-untyped-def]
             hidden = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             tl.store(at, (hidden + delta).to(hidden_states.dtype.element_ty), mask=inside)
         else:
+            z_hat0 = _gather(acts, indices, W_dec, columns, inside, k, d, KU, BD, WARPS)
             if SCORE or REPLACE:
                 z_hat0 += tl.load(b_dec + columns, mask=inside, other=0.0).to(tl.float32)
             if REPLACE:
@@ -147,21 +168,29 @@ def _decode(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class DecodeScratch:
-    """Buffers of `score`, made once.
+    """Buffers of the decode, made once.
 
     Attributes:
+        changed_acts, changed_places: what of a row's top k is changed, [M, k] fp32 and int32.
+        sizes: how many that are, [M] int32.
         partial: sums of each split of a row: dist, dist0, ‖z‖², [M, 3, splits] fp32.
         arrived: how many splits of a row are done, 0 between two launches, [M] int32.
     """
 
+    changed_acts: Tensor
+    changed_places: Tensor
+    sizes: Tensor
     partial: Tensor
     arrived: Tensor
 
     @classmethod
-    def allocate(cls, max_rows: int, d: int, device: torch.device) -> "DecodeScratch":
+    def allocate(cls, max_rows: int, d: int, k: int, device: torch.device) -> "DecodeScratch":
         """For batches of up to `max_rows` rows."""
         splits = max(_splits(d, decode_config(rows)) for rows in (1, max_rows))
         return cls(
+            torch.empty(max_rows, k, device=device),
+            torch.empty(max_rows, k, dtype=torch.int32, device=device),
+            torch.empty(max_rows, dtype=torch.int32, device=device),
             torch.empty(max_rows, 3 * splits, device=device),
             torch.zeros(max_rows, dtype=torch.int32, device=device),
         )
@@ -215,7 +244,7 @@ def score(
     """
     _launch(
         *(z, z, rows, count, top_acts, top_indices, decoder),
-        *((dist, dist0, counts.view(torch.int8), slots), max_norm, scratch, None, config),
+        *(scratch, (dist, dist0, counts.view(torch.int8), slots), max_norm, None, config),
         SCORE=True,
     )
 
@@ -229,6 +258,7 @@ def substitute(
     top_indices: Tensor,
     decoder: Decoder,
     placement: str,
+    scratch: DecodeScratch,
     config: DecodeConfig | None = None,
 ) -> None:
     """Put ẑ ("replace") or z + δ ("delta") in place of z in the active rows, and in no other.
@@ -243,7 +273,7 @@ def substitute(
     alone = z.data_ptr() == hidden_states.data_ptr()
     _launch(
         *(z, hidden_states, rows, count, top_acts, top_indices, decoder),
-        *(None, 0.0, None, None, config),
+        *(scratch, None, 0.0, None, config),
         REPLACE=placement == "replace",
         DELTA=placement == "delta",
         ALONE=alone,
@@ -258,6 +288,7 @@ def decode_parts(
     top_indices: Tensor,
     decoder: Decoder,
     parts: Tensor,
+    scratch: DecodeScratch,
     config: DecodeConfig | None = None,
 ) -> None:
     """A tensor-parallel shard's sums, to be added over the ranks.
@@ -268,7 +299,7 @@ def decode_parts(
         others: see `score`.
     """
     _launch(
-        *(z, z, rows, count, top_acts, top_indices, decoder, None, 0.0, None, parts, config),
+        *(z, z, rows, count, top_acts, top_indices, decoder, scratch, None, 0.0, parts, config),
     )
 
 
@@ -280,9 +311,9 @@ def _launch(
     top_acts: Tensor,
     top_indices: Tensor,
     decoder: Decoder,
+    scratch: DecodeScratch,
     state: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     max_norm: float,
-    scratch: DecodeScratch | None,
     parts: Tensor | None,
     config: DecodeConfig | None,
     SCORE: bool = False,
@@ -296,12 +327,17 @@ def _launch(
     splits = _splits(d, chosen)
     # A pointer that a mode does not use may be any.
     dist, dist0, counts, slots = state or (top_acts, top_acts, rows, rows)
-    partial, arrived = (scratch.partial, scratch.arrived) if scratch else (top_acts, rows)
     base, delta = (top_acts, top_acts) if parts is None else (parts[0], parts[1])
+    changed = (scratch.changed_acts, scratch.changed_places, scratch.sizes)
+    _list_changed[(M,)](
+        *(count, top_acts, top_indices, decoder.row_map, *changed, k),
+        KP=triton.next_power_of_2(k),
+        num_warps=2,
+    )
     _decode[(M, splits)](
         *(z, hidden_states, rows, count, top_acts, top_indices, decoder.W_dec, decoder.b_dec),
-        *(decoder.row_map, decoder.values, dist, dist0, counts, slots),
-        *(base, delta, partial, arrived, max_norm, k, d),
+        *(decoder.values, *changed, dist, dist0, counts, slots),
+        *(base, delta, scratch.partial, scratch.arrived, max_norm, k, d),
         *(z.stride(0), hidden_states.stride(0)),
         SCORE=SCORE,
         REPLACE=REPLACE,
@@ -310,6 +346,7 @@ def _launch(
         SPLITS=splits,
         BD=chosen.columns,
         KU=chosen.latents,
+        WARPS=chosen.warps,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
