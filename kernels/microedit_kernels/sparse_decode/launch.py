@@ -1,6 +1,8 @@
-"""Launch configurations of the sparse decode by shape (made by `benchmarks/tune_kernels.py`)."""
+"""Launch configurations of the sparse decode."""
 
 from dataclasses import dataclass
+
+from microedit_kernels.launch_table import settings
 
 
 @dataclass(frozen=True)
@@ -13,11 +15,6 @@ class DecodeConfig:
     stages: int
 
 
-# Up to this many rows: the shape of a program.
-_BY_ROWS = ((16, DecodeConfig(512, 16, 2, 3)),)
-_MANY_ROWS = DecodeConfig(1024, 8, 4, 3)
-
-
 def decode_config(rows: int) -> DecodeConfig:
     """The shape of a program for a batch of that many rows."""
-    return next((config for most, config in _BY_ROWS if rows <= most), _MANY_ROWS)
+    return DecodeConfig(**settings("sparse_decode", rows))

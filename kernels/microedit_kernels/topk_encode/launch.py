@@ -1,6 +1,8 @@
-"""Launch configurations of the Top-k encode by shape (made by `benchmarks/tune_kernels.py`)."""
+"""Launch configurations of the Top-k encode."""
 
 from dataclasses import dataclass
+
+from microedit_kernels.launch_table import settings
 
 
 @dataclass(frozen=True)
@@ -14,22 +16,13 @@ class EncodeConfig:
     stages: int
 
 
-# Up to this many rows in a chunk: the tile to use.
-_BY_ROWS = (
-    (16, EncodeConfig(16, 128, 128, 4, 4)),
-    (64, EncodeConfig(64, 128, 64, 4, 4)),
-    (128, EncodeConfig(128, 128, 64, 8, 4)),
-)
-_MANY_ROWS = EncodeConfig(128, 256, 64, 8, 3)
 # There is no fast product of fp32: small tiles keep it in registers.
 _FP32 = EncodeConfig(32, 64, 32, 4, 2)
 
 
 def encode_config(rows: int, wide: bool) -> EncodeConfig:
     """The tile for a chunk of that many rows; `wide` multiplies in fp32."""
-    if wide:
-        return _FP32
-    return next((config for most, config in _BY_ROWS if rows <= most), _MANY_ROWS)
+    return _FP32 if wide else EncodeConfig(**settings("topk_encode", rows))
 
 
 def group_size(n: int, k: int) -> int:
