@@ -25,6 +25,7 @@ class EditChange(Adapter):
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._kernel = importlib.import_module("microedit_kernels.edit_change.kernel")
         grouped = importlib.import_module("microedit_kernels.edit_change.grouped_sets")
+        launches = importlib.import_module("microedit_kernels.edit_change.launch_config")
         assert case.edit is not None
         c, d, M = case.edit.latents, case.sae.d, case.rows
         self._d = d
@@ -48,6 +49,7 @@ class EditChange(Adapter):
         self._before = inputs.normal(M, d, std=_VALUE)
         self.hidden_states = self._before.clone()
         self._scratch = self._kernel.EditChangeScratch.allocate(M, self._grouped[0])
+        self._config = launches.launch_config(M, c, d)
 
     def launch(self, variant: int) -> None:
         self._kernel.add_edit_change(
@@ -57,6 +59,7 @@ class EditChange(Adapter):
             self.activity.offsets,
             self._grouped[variant],
             self._scratch,
+            self._config,
         )
 
     def check_active(self) -> None:

@@ -77,10 +77,12 @@ def changer(monkeypatch):
 
     grouped = ModuleType("microedit_kernels.edit_change.grouped_sets")
     grouped.EditRows, grouped.GroupedSets = EditRows, GroupedSets
+    launches = ModuleType("microedit_kernels.edit_change.launch_config")
+    launches.launch_config = lambda rows, max_latents, d: None
     module = ModuleType("microedit_kernels.edit_change.kernel")
     module.EditChangeScratch, module.latents = EditChangeScratch, slice(None)
 
-    def launch(hidden_states, z, rows, offsets, sets, scratch):
+    def launch(hidden_states, z, rows, offsets, sets, scratch, config):
         for s, edits in enumerate(sets):
             mine, some = rows[offsets[s] : offsets[s + 1]].long(), module.latents
             delta = edit_change(
@@ -94,7 +96,7 @@ def changer(monkeypatch):
             hidden_states[mine] = (hidden_states[mine] + delta).to(hidden_states.dtype)
 
     module.add_edit_change = launch
-    for stand_in in (grouped, module):
+    for stand_in in (grouped, launches, module):
         monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     return module
 
