@@ -39,7 +39,7 @@ class SparseDecode(Adapter):
         self._max_norm = float(self._z.float().norm(dim=-1).median())
         self.dist, self.dist0 = torch.empty(2, M, device=inputs.device)
         self.counts = torch.empty(M, dtype=torch.bool, device=inputs.device)
-        self._scratch = self._kernel.DecodeScratch.allocate(M, d, inputs.device)
+        self._scratch = self._kernel.DecodeScratch.allocate(M, d, k, inputs.device)
 
     def launch(self, variant: int) -> None:
         self._kernel.score(
