@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-_KERNELS = ("row_plan",)
+_KERNELS = ("row_plan", "edit_change")
 
 
 def _import_kernels() -> None:
