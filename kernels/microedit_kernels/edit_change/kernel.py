@@ -14,7 +14,7 @@ from torch import Tensor
 from microedit_kernels.edit_change.grouped_sets import WORK_COLUMNS, GroupedSets
 from microedit_kernels.edit_change.launch_config import LaunchConfig
 from microedit_kernels.edit_change.scratch import EditChangeScratch
-from microedit_kernels.interpreting import operand, rounded
+from microedit_kernels.interpreting import INTERPRETED, operand, rounded
 
 _COLUMNS = tl.constexpr(WORK_COLUMNS)
 _INF = tl.constexpr(float("inf"))
@@ -113,7 +113,10 @@ def _compute_acts(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr,
     PAIR: tl.constexpr,
     LATENTS_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP and not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
     work = tiles + tl.program_id(0) * _COLUMNS
     key = tl.load(work)
     start = tl.maximum(tl.load(offsets + key), first_row)
@@ -160,8 +163,11 @@ def _accumulate(  # type: ignore[no-untyped-def]
     if LATENTS_FIRST:
         act_block = operand(tl.trans(act_block))
         value_block = operand(tl.trans(value_block))
-        return tl.dot(value_block, act_block, delta, input_precision=PRECISION)
-    return tl.dot(operand(act_block), operand(value_block), delta, input_precision=PRECISION)
+        delta = tl.dot(value_block, act_block, delta, input_precision=PRECISION)
+    else:
+        act_block = operand(act_block)
+        delta = tl.dot(act_block, operand(value_block), delta, input_precision=PRECISION)
+    return delta
 
 
 @triton.jit
@@ -225,6 +231,7 @@ def _add_delta(  # type: ignore[no-untyped-def]
     PAIR: tl.constexpr,
     PRECISION: tl.constexpr,
     LATENTS_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     work = parts + tl.program_id(1) * _COLUMNS
     key = tl.load(work)
@@ -238,6 +245,8 @@ def _add_delta(  # type: ignore[no-untyped-def]
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     within = columns < D
     value_columns = values + first.to(tl.int64) * D + columns
+    if OVERLAP and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()  # for the activations
     for block in range(start, stop, ROWS):
         r = block + tl.arange(0, ROWS)
         local = (r - first_row)[:, None]
@@ -334,6 +343,7 @@ def _launch_acts(
         WIDE=z.dtype != sets.W_enc.dtype or z.dtype == torch.float32,
         PAIR=sets.values.dtype == torch.bfloat16,
         LATENTS_FIRST=config.latents_first,
+        OVERLAP=config.overlap,
         num_warps=config.acts_warps,
         num_stages=config.acts_stages,
         enable_fp_fusion=True,
@@ -373,7 +383,9 @@ def _launch_delta(
         PAIR=sets.values.dtype == torch.bfloat16,
         PRECISION="tf32x3" if sets.values.dtype == torch.float16 else "ieee",
         LATENTS_FIRST=config.latents_first,
+        OVERLAP=config.overlap,
         num_warps=config.delta_warps,
         num_stages=config.delta_stages,
         enable_fp_fusion=True,
+        **({"launch_pdl": True} if config.overlap else {}),  # an option of NVIDIA's backend alone
     )
