@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-_KERNELS = ("row_plan", "topk_encode", "sparse_decode", "switch")
+_KERNELS = ("row_plan", "topk_encode", "sparse_decode", "switch", "edit_change")
 
 
 def _import_kernels() -> None:

@@ -20,3 +20,13 @@ def operand(x):  # type: ignore[no-untyped-def]
     if INTERPRETED:
         return x.to(tl.float32)
     return x
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 `x` in `dtype`, to the nearest, ties to even: the interpreter cuts bits off for bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, nearest, bits | 0x400000).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -7,6 +7,7 @@ Only the pre-activations of the edit set's own rows C are needed: two small prod
 import torch
 from torch import Tensor
 
+from microedit_kernels.edit_change.grouped_sets import GroupedSets
 from microedit_kernels.topk_encode import pre_acts
 
 
@@ -36,3 +37,25 @@ def edit_change(
     """
     acts = threshold_acts(pre_acts(z, W_enc_rows, b_enc_rows, b_dec), theta)
     return acts @ values.float()
+
+
+def grouped_edit_change(z: Tensor, rows: Tensor, offsets: Tensor, sets: GroupedSets) -> Tensor:
+    """`edit_change` of the rows that are on, each with its own edit set.
+
+    Args:
+        z: [M, d].
+        rows: active rows, grouped by set, [≥ active] int32 (`row_plan.group_rows`).
+        offsets: [S + 1] int32; set s has rows[offsets[s] : offsets[s + 1]].
+
+    Returns:
+        [active, d] fp32, in the order of `rows`.
+    """
+    ends = offsets.tolist()
+    delta = torch.zeros(ends[-1], z.shape[1], device=z.device)
+    first = 0
+    for key, size in enumerate(sets.sizes):
+        latents, mine = slice(first, first + size), slice(ends[key], ends[key + 1])
+        pre = pre_acts(z[rows[mine].long()], sets.W_enc[latents], sets.bias[latents])
+        delta[mine] = threshold_acts(pre, float(sets.theta[key])) @ sets.values[latents].float()
+        first += size
+    return delta

@@ -1,0 +1,144 @@
+"""The edit sets of a batch laid end to end, and how their latents are cut into programs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A program's work: set, its latents [first, end), the first one's place within the set, which part
+# of the set this is and of how many.
+WORK_COLUMNS = 6
+
+
+class EditRows(NamedTuple):
+    """The latents C of one edit set, |C| = c.
+
+    W_enc: their encoder rows, [c, d].
+    b_enc: their encoder bias, [c].
+    b_dec: subtracted from z first where the SAE was trained so, [d].
+    values: ΔW_edit, [c, d].
+    theta: latents count above max(θ, 0).
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    b_dec: Tensor | None
+    values: Tensor
+    theta: float
+
+
+@dataclass(frozen=True)
+class GroupedSets:
+    """S edit sets with C latents in all; set s owns the latents starts[s] : starts[s + 1].
+
+    W_enc: encoder rows, [C, d].
+    bias: b_enc − W_enc·b_dec, [C] fp32: what z·W_enc lacks to be the pre-activation.
+    values: ΔW_edit, [C, d].
+    theta: [S] fp32.
+    sizes: latents of each set.
+    tile, part: latents of one program of the first and of the second product, at most.
+    tiles, parts: their work, [programs, 6] int32, see `WORK_COLUMNS`.
+    """
+
+    W_enc: Tensor
+    bias: Tensor
+    values: Tensor
+    theta: Tensor
+    sizes: tuple[int, ...]
+    tile: int
+    part: int
+    tiles: Tensor
+    parts: Tensor
+
+    @property
+    def d(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def max_latents(self) -> int:
+        """Latents of the largest set."""
+        return max(self.sizes, default=0)
+
+    @property
+    def max_parts(self) -> int:
+        """Parts that the largest set is cut into."""
+        return -(-self.max_latents // self.part)
+
+    @classmethod
+    def join(cls, sets: Sequence[EditRows], tile: int = 64, part: int = 1280) -> "GroupedSets":
+        """Copy `sets`, of one d, dtypes and device, into one.
+
+        Args:
+            sets: at least one; a set may have no latents.
+            tile: a power of two, at least 16.
+            part: a multiple of `tile`. A set is cut into the fewest parts of about equal size.
+
+        Raises:
+            ValueError: no set, sets that don't fit each other, or a cut that is none of the above.
+        """
+        _check(sets, tile, part)
+        device = sets[0].W_enc.device
+        sizes = tuple(len(rows.W_enc) for rows in sets)
+        return cls(
+            W_enc=torch.cat([rows.W_enc for rows in sets]).contiguous(),
+            bias=torch.cat([_folded_bias(rows) for rows in sets]),
+            values=torch.cat([rows.values for rows in sets]).contiguous(),
+            theta=torch.tensor([rows.theta for rows in sets], dtype=torch.float32, device=device),
+            sizes=sizes,
+            tile=tile,
+            part=part,
+            tiles=_work(sizes, [tile] * len(sizes)).to(device),
+            parts=_work(sizes, [_even(size, part, tile) for size in sizes]).to(device),
+        )
+
+
+def _check(sets: Sequence[EditRows], tile: int, part: int) -> None:
+    if not sets:
+        raise ValueError("no edit set to join")
+    if tile < 16 or tile & (tile - 1) or part < tile or part % tile:
+        raise ValueError(f"tile {tile} is no power of two from 16, or part {part} no multiple")
+    first = sets[0]
+    d, kinds = first.W_enc.shape[1], (first.W_enc.dtype, first.values.dtype)
+    for number, rows in enumerate(sets):
+        shape = (len(rows.W_enc), d)
+        if rows.W_enc.shape != shape or rows.values.shape != shape:
+            raise ValueError(f"set {number}: W_enc and values are not both [c, {d}]")
+        if rows.b_enc.shape != shape[:1]:
+            raise ValueError(f"set {number}: b_enc is not [{shape[0]}]")
+        if rows.b_dec is not None and rows.b_dec.shape != (d,):
+            raise ValueError(f"set {number}: b_dec is not [{d}]")
+        if (rows.W_enc.dtype, rows.values.dtype) != kinds:
+            raise ValueError(f"set {number}: its dtypes are not those of the first set")
+
+
+def _folded_bias(rows: EditRows) -> Tensor:
+    bias = rows.b_enc.float()
+    return bias if rows.b_dec is None else bias - rows.W_enc.float() @ rows.b_dec.float()
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _even(size: int, most: int, multiple: int) -> int:
+    """The length of a part, where the fewest parts of at most `most` are of about equal size."""
+    parts = max(1, -(-size // most))
+    return max(multiple, -(-size // (parts * multiple)) * multiple)
+
+
+def _work(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    work = []
+    for number, (start, size, length) in enumerate(
+        zip(_starts(sizes)[:-1], sizes, lengths, strict=True)
+    ):
+        count = -(-size // length)
+        for index in range(count):
+            place = index * length
+            end = start + min(place + length, size)
+            work.append((number, start + place, end, place, index, count))
+    return torch.tensor(work, dtype=torch.int32).reshape(-1, WORK_COLUMNS)

@@ -1,0 +1,391 @@
+"""Edit change on the device: two products of the rows that are on with their own sets' latents.
+
+The first kernel computes the activations, the second adds their product with ΔW_edit to the
+stream. Between them lie only the activations of the rows that are on, few enough for the L2
+cache. A program without rows ends before it reads a weight. Where programs share a sum, the last
+one to finish adds up the shares in a fixed order, so that the result does not depend on timing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microedit_kernels.edit_change.grouped_sets import WORK_COLUMNS, GroupedSets
+from microedit_kernels.edit_change.launch_config import LaunchConfig
+from microedit_kernels.edit_change.scratch import EditChangeScratch
+from microedit_kernels.interpreting import INTERPRETED, operand, rounded
+
+_COLUMNS = tl.constexpr(WORK_COLUMNS)
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _is_last(arrived, count):  # type: ignore[no-untyped-def]
+    """Whether `count` programs have stored their shares by now; the counter is then 0 again."""
+    tl.debug_barrier()  # the shares of all threads come before the count
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+def _pre_share(  # type: ignore[no-untyped-def]
+    z_rows,
+    W_rows,
+    is_latent,
+    d_first,
+    d_end,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    LATENTS_FIRST: tl.constexpr,
+):
+    """z·W_encᵀ over [d_first, d_end), [ROWS, TILE]; `z_rows` and `W_rows` point at column 0."""
+    depth = tl.arange(0, BLOCK_D)[None, :]
+    if LATENTS_FIRST:
+        pre = tl.zeros((TILE, ROWS), tl.float32)
+    else:
+        pre = tl.zeros((ROWS, TILE), tl.float32)
+    for at in range(d_first, d_end, BLOCK_D):
+        if D % BLOCK_D == 0:
+            z_block = tl.load(z_rows + at + depth)
+            W_block = tl.load(W_rows + at + depth, mask=is_latent, other=0.0)
+        else:
+            within = at + depth < D
+            z_block = tl.load(z_rows + at + depth, mask=within, other=0.0)
+            W_block = tl.load(W_rows + at + depth, mask=is_latent & within, other=0.0)
+        if WIDE:
+            z_block = z_block.to(tl.float32)
+            W_block = W_block.to(tl.float32)
+        if LATENTS_FIRST:
+            z_block = operand(tl.trans(z_block))
+            pre = tl.dot(operand(W_block), z_block, pre, input_precision="ieee")
+        else:
+            W_block = operand(tl.trans(W_block))
+            pre = tl.dot(operand(z_block), W_block, pre, input_precision="ieee")
+    if LATENTS_FIRST:
+        pre = tl.trans(pre)
+    return pre
+
+
+@triton.jit
+def _store_acts(  # type: ignore[no-untyped-def]
+    acts, stride, pre, threshold, is_latent, is_row, PAIR: tl.constexpr
+):
+    """Threshold and store; zeros beyond the set's end, up to a whole tile."""
+    h = tl.where((pre > threshold) & is_latent, pre, 0.0)
+    if PAIR:
+        # hi + lo is h to 17 bits, and both are operands of the tensor cores.
+        hi = rounded(h, tl.bfloat16)
+        lo = tl.where(hi.to(tl.float32) < _INF, h - hi.to(tl.float32), 0.0)
+        tl.store(acts, hi, mask=is_row)
+        tl.store(acts + stride, rounded(lo, tl.bfloat16), mask=is_row)
+    else:
+        tl.store(acts, h, mask=is_row)
+
+
+@triton.jit
+def _compute_acts(  # type: ignore[no-untyped-def]
+    z,
+    rows,
+    offsets,
+    W_enc,
+    bias,
+    theta,
+    tiles,
+    shares,
+    arrived,
+    acts,
+    first_row,
+    end_row,
+    z_stride,
+    acts_width,
+    acts_stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PAIR: tl.constexpr,
+    LATENTS_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP and not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+    work = tiles + tl.program_id(0) * _COLUMNS
+    key = tl.load(work)
+    start = tl.maximum(tl.load(offsets + key), first_row)
+    stop = tl.minimum(tl.load(offsets + key + 1), end_row)
+    latents = tl.load(work + 1) + tl.arange(0, TILE)
+    is_latent = latents < tl.load(work + 2)
+    places = tl.multiple_of(tl.load(work + 3), TILE) + tl.arange(0, TILE)[None, :]
+    W_rows = W_enc + latents.to(tl.int64)[:, None] * D
+    D_SPLIT: tl.constexpr = (D + SPLITS * BLOCK_D - 1) // (SPLITS * BLOCK_D) * BLOCK_D
+    d_first = tl.program_id(1) * D_SPLIT
+    d_end = tl.minimum(d_first + D_SPLIT, D)
+    for block in range(start, stop, ROWS):
+        r = block + tl.arange(0, ROWS)
+        is_row = (r < stop)[:, None]
+        row = tl.load(rows + r, mask=r < stop, other=0).to(tl.int64)
+        z_rows = z + row[:, None] * z_stride
+        pre = _pre_share(
+            z_rows, W_rows, is_latent[:, None], d_first, d_end,
+            D, ROWS, TILE, BLOCK_D, WIDE, LATENTS_FIRST,
+        )  # fmt: skip
+        at = (r - first_row)[:, None] * acts_width + places
+        bias_block = tl.load(bias + latents, mask=is_latent, other=0.0)[None, :]
+        threshold = tl.maximum(tl.load(theta + key), 0.0)
+        is_here = is_latent[None, :]
+        if SPLITS == 1:
+            pre += bias_block
+            _store_acts(acts + at, acts_stride, pre, threshold, is_here, is_row, PAIR)
+        else:
+            tl.store(shares + tl.program_id(1) * acts_stride + at, pre, mask=is_row)
+            counter = (block - start) // ROWS * tl.num_programs(0) + tl.program_id(0)
+            if _is_last(arrived + counter, SPLITS):
+                total = tl.zeros((ROWS, TILE), tl.float32)
+                for split in tl.static_range(SPLITS):
+                    share = shares + split * acts_stride + at
+                    total += tl.load(share, mask=is_row, other=0.0, cache_modifier=".cg")
+                total += bias_block
+                _store_acts(acts + at, acts_stride, total, threshold, is_here, is_row, PAIR)
+
+
+@triton.jit
+def _accumulate(  # type: ignore[no-untyped-def]
+    delta, act_block, value_block, PRECISION: tl.constexpr, LATENTS_FIRST: tl.constexpr
+):
+    if LATENTS_FIRST:
+        act_block = operand(tl.trans(act_block))
+        value_block = operand(tl.trans(value_block))
+        delta = tl.dot(value_block, act_block, delta, input_precision=PRECISION)
+    else:
+        act_block = operand(act_block)
+        delta = tl.dot(act_block, operand(value_block), delta, input_precision=PRECISION)
+    return delta
+
+
+@triton.jit
+def _delta_share(  # type: ignore[no-untyped-def]
+    act_rows,
+    acts_stride,
+    value_columns,
+    within,
+    count,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LATENTS: tl.constexpr,
+    PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LATENTS_FIRST: tl.constexpr,
+):
+    """h·ΔW_edit over `count` latents, [ROWS, BLOCK_D]; the pointers are at the first of them."""
+    depth = tl.arange(0, LATENTS)
+    if LATENTS_FIRST:
+        delta = tl.zeros((BLOCK_D, ROWS), tl.float32)
+    else:
+        delta = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for at in range(0, count, LATENTS):
+        mask = (at + depth < count)[:, None]
+        if D % BLOCK_D != 0:
+            mask = mask & within
+        value_block = tl.load(value_columns + (at + depth)[:, None] * D, mask=mask, other=0.0)
+        act_block = tl.load(act_rows + at + depth[None, :])
+        if PAIR:
+            lo_block = tl.load(act_rows + acts_stride + at + depth[None, :])
+            delta = _accumulate(delta, lo_block, value_block, PRECISION, LATENTS_FIRST)
+        else:
+            value_block = value_block.to(tl.float32)
+        delta = _accumulate(delta, act_block, value_block, PRECISION, LATENTS_FIRST)
+    if LATENTS_FIRST:
+        delta = tl.trans(delta)
+    return delta
+
+
+@triton.jit
+def _add_delta(  # type: ignore[no-untyped-def]
+    hidden_states,
+    rows,
+    offsets,
+    values,
+    parts,
+    acts,
+    shares,
+    arrived,
+    first_row,
+    end_row,
+    hidden_stride,
+    acts_width,
+    acts_stride,
+    shares_stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LATENTS: tl.constexpr,
+    PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LATENTS_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    work = parts + tl.program_id(1) * _COLUMNS
+    key = tl.load(work)
+    start = tl.maximum(tl.load(offsets + key), first_row)
+    stop = tl.minimum(tl.load(offsets + key + 1), end_row)
+    first = tl.load(work + 1)
+    count = tl.load(work + 2) - first
+    place = tl.multiple_of(tl.load(work + 3), LATENTS)
+    part = tl.load(work + 4)
+    num_parts = tl.load(work + 5)
+    columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    within = columns < D
+    value_columns = values + first.to(tl.int64) * D + columns
+    if OVERLAP and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()  # for the activations
+    for block in range(start, stop, ROWS):
+        r = block + tl.arange(0, ROWS)
+        local = (r - first_row)[:, None]
+        delta = _delta_share(
+            acts + local * acts_width + place, acts_stride, value_columns, within, count,
+            D, ROWS, BLOCK_D, LATENTS, PAIR, PRECISION, LATENTS_FIRST,
+        )  # fmt: skip
+        mask = (r < stop)[:, None] & within
+        at = local * D + columns
+        tl.store(shares + part * shares_stride + at, delta, mask=mask)
+        counter = (block - first_row) * tl.num_programs(0) + tl.program_id(0)
+        if _is_last(arrived + counter, num_parts):
+            total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            for other in range(num_parts):
+                share = shares + other * shares_stride + at
+                total += tl.load(share, mask=mask, other=0.0, cache_modifier=".cg")
+            row = tl.load(rows + r, mask=r < stop, other=0).to(tl.int64)
+            stream = hidden_states + row[:, None] * hidden_stride + columns
+            total += tl.load(stream, mask=mask, other=0.0).to(tl.float32)
+            tl.store(stream, rounded(total, hidden_states.dtype.element_ty), mask=mask)
+
+
+def add_edit_change(
+    hidden_states: Tensor,
+    z: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    sets: GroupedSets,
+    scratch: EditChangeScratch,
+    config: LaunchConfig,
+) -> None:
+    """Add δ of `reference.grouped_edit_change` to the rows that are on, and touch no other.
+
+    A pair of launches does `scratch.rows` active rows; there are as many pairs as a batch of M
+    active rows would need, and those beyond the last active row end at once.
+
+    Args:
+        hidden_states: [M, d] of any float dtype; changed in place.
+        z: the residual stream, [M, d], which may be `hidden_states` itself.
+        rows: active rows, grouped by set, [≥ active] int32 (`row_plan.group_rows`).
+        offsets: [S + 1] int32; set s has rows[offsets[s] : offsets[s + 1]].
+        scratch: made for `sets`; what it holds before does not matter.
+
+    Raises:
+        ValueError: `sets` were made for another d, or don't fit `scratch` or `config`.
+    """
+    M, d = hidden_states.shape
+    if d != sets.d or z.shape != hidden_states.shape:
+        raise ValueError(f"hidden_states and z are not both [M, {sets.d}]")
+    if hidden_states.stride(1) != 1 or z.stride(1) != 1:
+        raise ValueError("hidden_states or z is not contiguous along d")
+    if sets.tile % config.delta_latents:
+        raise ValueError(f"steps of {config.delta_latents} latents don't divide {sets.tile}")
+    scratch.check_fits(sets)
+    if not sets.max_latents:
+        return
+    for first_row in range(0, M, scratch.rows):
+        end_row = first_row + scratch.rows
+        _launch_acts(z, rows, offsets, sets, scratch, config, first_row, end_row)
+        _launch_delta(hidden_states, rows, offsets, sets, scratch, config, first_row, end_row)
+
+
+def _launch_acts(
+    z: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    sets: GroupedSets,
+    scratch: EditChangeScratch,
+    config: LaunchConfig,
+    first_row: int,
+    end_row: int,
+) -> None:
+    _compute_acts[(len(sets.tiles), config.acts_splits)](
+        z,
+        rows,
+        offsets,
+        sets.W_enc,
+        sets.bias,
+        sets.theta,
+        sets.tiles,
+        scratch.pre_shares,
+        scratch.pre_arrived,
+        scratch.acts,
+        first_row,
+        end_row,
+        z.stride(0),
+        scratch.acts.stride(1),
+        scratch.acts.stride(0),
+        D=sets.d,
+        ROWS=config.rows,
+        TILE=sets.tile,
+        BLOCK_D=config.acts_d,
+        SPLITS=config.acts_splits,
+        WIDE=z.dtype != sets.W_enc.dtype or z.dtype == torch.float32,
+        PAIR=sets.values.dtype == torch.bfloat16,
+        LATENTS_FIRST=config.latents_first,
+        OVERLAP=config.overlap,
+        num_warps=config.acts_warps,
+        num_stages=config.acts_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_delta(
+    hidden_states: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    sets: GroupedSets,
+    scratch: EditChangeScratch,
+    config: LaunchConfig,
+    first_row: int,
+    end_row: int,
+) -> None:
+    # fp16 values meet fp32 activations, which may pass fp16's range; tf32 holds the values exactly.
+    _add_delta[(-(-sets.d // config.delta_d), len(sets.parts))](
+        hidden_states,
+        rows,
+        offsets,
+        sets.values,
+        sets.parts,
+        scratch.acts,
+        scratch.delta_shares,
+        scratch.delta_arrived,
+        first_row,
+        end_row,
+        hidden_states.stride(0),
+        scratch.acts.stride(1),
+        scratch.acts.stride(0),
+        scratch.delta_shares.stride(0),
+        D=sets.d,
+        ROWS=config.rows,
+        BLOCK_D=config.delta_d,
+        LATENTS=config.delta_latents,
+        PAIR=sets.values.dtype == torch.bfloat16,
+        PRECISION="tf32x3" if sets.values.dtype == torch.float16 else "ieee",
+        LATENTS_FIRST=config.latents_first,
+        OVERLAP=config.overlap,
+        num_warps=config.delta_warps,
+        num_stages=config.delta_stages,
+        enable_fp_fusion=True,
+        **({"launch_pdl": True} if config.overlap else {}),  # an option of NVIDIA's backend alone
+    )

@@ -1,0 +1,74 @@
+"""Buffers that the edit change's kernels need, made once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microedit_kernels.edit_change.grouped_sets import GroupedSets
+from microedit_kernels.edit_change.launch_config import (
+    MAX_D_SPLITS,
+    MAX_ROW_BLOCK,
+    MIN_BLOCK_D,
+    MIN_ROW_BLOCK,
+)
+
+MAX_ROWS_PER_LAUNCH = 256
+
+
+@dataclass(frozen=True)
+class EditChangeScratch:
+    """Buffers between and within the two kernels, for so many rows at a time.
+
+    acts: activations, [2, rows, latents] bf16 (h = hi + lo) or [1, rows, latents] fp32.
+    pre_shares: shares of pre-activations, [splits of d, rows, latents] fp32.
+    delta_shares: shares of δ, [parts of a set, rows, d] fp32.
+    pre_arrived, delta_arrived: programs that have stored their share, int32; 0 between launches.
+    """
+
+    acts: Tensor
+    pre_shares: Tensor
+    delta_shares: Tensor
+    pre_arrived: Tensor
+    delta_arrived: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Active rows of one pair of launches; a larger batch takes several."""
+        return self.delta_shares.shape[1]
+
+    @classmethod
+    def allocate(cls, max_rows: int, sets: GroupedSets) -> "EditChangeScratch":
+        """For batches of up to `max_rows` rows with `sets`, or with smaller ones cut alike."""
+        device = sets.W_enc.device
+        launched = max(1, min(max_rows, MAX_ROWS_PER_LAUNCH))
+        # A block of rows is read in full, and it may begin at the last row.
+        rows = launched + MAX_ROW_BLOCK
+        width = -(-max(sets.max_latents, 1) // sets.tile) * sets.tile
+        pair = sets.values.dtype == torch.bfloat16
+        acts_dtype = torch.bfloat16 if pair else torch.float32
+        blocks = -(-launched // MIN_ROW_BLOCK)
+        columns = -(-sets.d // MIN_BLOCK_D)
+        return cls(
+            acts=torch.empty(1 + pair, rows, width, dtype=acts_dtype, device=device),
+            pre_shares=torch.empty(MAX_D_SPLITS, rows, width, device=device),
+            delta_shares=torch.empty(max(1, sets.max_parts), launched, sets.d, device=device),
+            pre_arrived=torch.zeros(
+                blocks, max(1, len(sets.tiles)), dtype=torch.int32, device=device
+            ),
+            delta_arrived=torch.zeros(launched, columns, dtype=torch.int32, device=device),
+        )
+
+    def check_fits(self, sets: GroupedSets) -> None:
+        """Raises ValueError where `sets` need larger buffers, or other dtypes."""
+        d, parts = self.delta_shares.shape[2], self.delta_shares.shape[0]
+        pair = sets.values.dtype == torch.bfloat16
+        if (
+            sets.d != d
+            or sets.max_latents > self.acts.shape[2]
+            or self.acts.shape[2] % sets.tile
+            or sets.max_parts > parts
+            or len(sets.tiles) > self.pre_arrived.shape[1]
+            or pair != (self.acts.dtype == torch.bfloat16)
+        ):
+            raise ValueError("the edit sets don't fit a scratch that was made for smaller ones")
