@@ -11,6 +11,7 @@ from torch import Tensor
 
 from microedit_vllm.artifact import EditOperator
 from microedit_vllm.engine.step_plan import StepPlan
+from microedit_vllm.engine.triton_edit import TritonEdit
 
 
 class CapturedEdit:
@@ -22,6 +23,7 @@ class CapturedEdit:
         max_rows: rows of the largest graph.
         max_tokens: rows of the largest step.
         dtype: of the residual stream.
+        kernels: compute by them instead of by torch.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class CapturedEdit:
         max_rows: int,
         max_tokens: int,
         dtype: torch.dtype,
+        kernels: TritonEdit | None = None,
     ) -> None:
         device, d = on.device, operator.sae.d_in
         theta = operator.edit_set.manifest.theta
         assert theta is not None
         self._operator = operator
+        self._kernels = kernels
         self._on = on
         self._theta = max(theta, 0.0)
         self._W_enc = operator.edit_W_enc.float().T.contiguous()
@@ -59,6 +63,11 @@ class CapturedEdit:
     def apply(self, hidden_states: Tensor, z: Tensor | None) -> None:
         """Substitute in place, in every row whose decision is on; arguments [M, d] as ever."""
         rows = slice(len(hidden_states))
+        is_on = self._is_on[rows]
+        torch.index_select(self._on, 0, self._slots[rows], out=is_on)
+        if self._kernels is not None:
+            self._kernels.add_where(hidden_states, z, is_on)
+            return
         stream, wide, work, acts = (
             buffer[rows] for buffer in (self._stream, self._wide, self._work, self._acts)
         )
@@ -69,6 +78,4 @@ class CapturedEdit:
         torch.mm(acts, self._values, out=work)
         wide.copy_(hidden_states)
         stream.copy_(wide.add_(self._operator.all_reduce(work)))
-        torch.index_select(self._on, 0, self._slots[rows], out=self._is_on[rows])
-        on = self._is_on[rows].view(-1, 1)
-        torch.where(on, stream, hidden_states, out=hidden_states)
+        torch.where(is_on.view(-1, 1), stream, hidden_states, out=hidden_states)

@@ -15,6 +15,7 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
 )
 
+from microedit_kernels.dispatch import uses_triton
 from microedit_vllm.artifact import EditOperator
 from microedit_vllm.config import ServingConfig, summary
 from microedit_vllm.engine.edit_state import EditState
@@ -94,13 +95,16 @@ class EditWorker:
         config = self.vllm_config
         in_step = config.parallel_config.tensor_parallel_size > 1
         state = EditState(self._edit_operator, slots, in_step)
+        max_tokens, dtype = (
+            config.scheduler_config.max_num_batched_tokens,
+            config.model_config.dtype,
+        )
+        # A share of the latents is summed over the ranks between two kernels of torch.
+        if uses_triton(state.device) and not in_step:
+            state.use_kernels(max_tokens, dtype)
         compilation = config.compilation_config
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
-            state.prepare_capture(
-                compilation.max_cudagraph_capture_size,
-                config.scheduler_config.max_num_batched_tokens,
-                config.model_config.dtype,
-            )
+            state.prepare_capture(compilation.max_cudagraph_capture_size, max_tokens, dtype)
         return state
 
     def _edit_step(self, step: Step) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from microedit_kernels.interpreting import operand
 from microedit_kernels.topk_encode.launch import EncodeConfig, encode_config, group_size
-from microedit_kernels.topk_encode.selection import NOTHING, chosen_places, order_key
+from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, order_key
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from microedit_vllm.engine import edit_state, runner_v1, step_plan, worker
+from microedit_vllm.engine import runner_v1, step_plan, torch_edit, worker
 from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.prefix_cache import EditPrefixCache
 from microedit_vllm.engine.scheduler import _EditMixin
@@ -35,7 +35,7 @@ def _substitute_whatever_the_switch_says(patch: pytest.MonkeyPatch) -> None:
     substitute = EditState._substitute
 
     def always(self: Any, plan: Any, hidden_states: Any, z: Any) -> None:
-        self.on.fill_(True)
+        self.slots.on.fill_(True)
         substitute(self, plan, hidden_states, z)
 
     patch.setattr(EditState, "_substitute", always)
@@ -56,7 +56,7 @@ def _every_row_of_the_batch_is_written(patch: pytest.MonkeyPatch) -> None:
         hidden += 1e-3
         hidden[rows] = z_hat.to(hidden.dtype)
 
-    patch.setattr(edit_state, "apply_replace", add_to_all)
+    patch.setattr(torch_edit, "apply_replace", add_to_all)
 
 
 def _only_this_step_is_scored(patch: pytest.MonkeyPatch) -> None:

@@ -119,9 +119,9 @@ def test_recomputation_after_preemption_decides_anew():
     operator = make_operator(tau=1e6)
     state, request = EditState(operator, SLOTS), RequestState("r", PLAN)
     first, _ = run(state, request, [8])
-    for tensor in (state.dist, state.dist0):
+    for tensor in (state.slots.dist, state.slots.dist0):
         tensor.fill_(torch.nan)
-    state.on.fill_(False)
+    state.slots.on.fill_(False)
     request.on = False
     again, _ = run(state, request, [5, 11])
     torch.testing.assert_close(again, first)
