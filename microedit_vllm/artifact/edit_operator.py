@@ -15,7 +15,14 @@ from microedit_vllm.errors import MicroEditError
 
 @dataclass(frozen=True)
 class EditOperator:
-    """An edit set and its SAE, ready to compute with on one device (plain-torch path)."""
+    """An edit set and its SAE, ready to compute with on one device (plain-torch path).
+
+    Attributes:
+        scoring, edit: the set's changes on the SAE's device; on the CPU in fp32, which is what
+            they are computed with (6 bytes a value with the set's own 2).
+        scoring_rows, edit_rows: their row maps, [n] int64.
+        edit_W_enc, edit_b_enc: encoder rows of the edit change, [c, d] and [c].
+    """
 
     edit_set: EditSet
     sae: SparseAutoencoder
@@ -30,7 +37,8 @@ class EditOperator:
     def build(cls, edit_set: EditSet, sae: SparseAutoencoder) -> "EditOperator":
         """Move everything to the SAE's device and make the row maps."""
         device = sae.W_enc.device
-        scoring, edit = edit_set.scoring.to(device), edit_set.edit.to(device)
+        scoring = _to_compute(edit_set.scoring, device)
+        edit = scoring if edit_set.is_shared else _to_compute(edit_set.edit, device)
         return cls(
             edit_set,
             sae,
@@ -143,6 +151,14 @@ class EditOperator:
                 f"golden activations do not reproduce: {agree:.1%} of the top latents agree; "
                 "the SAE was changed: make the set again"
             )
+
+
+def _to_compute(change: DecoderChange, device: torch.device) -> DecoderChange:
+    moved = change.to(device)
+    if device.type != "cpu":
+        return moved
+    # Else each step would convert all of it.
+    return DecoderChange(moved.indices, moved.values.float())
 
 
 def _set_agreement(first: Tensor, second: Tensor) -> float:

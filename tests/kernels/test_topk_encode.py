@@ -5,7 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microedit_kernels.topk_encode import pre_acts, select_topk, topk_by_key, topk_encode
+from microedit_kernels.topk_encode import (
+    pre_acts,
+    reference,
+    select_topk,
+    topk_by_key,
+    topk_encode,
+)
+from microedit_kernels.topk_encode.cpu import (
+    GROUP,
+    LEAST_ELEMENTS,
+    LEAST_LATENTS_PER_K,
+    topk_by_group,
+    topk_on_cpu,
+)
 
 # Few distinct values, so that nearly every row has ties, many of them across the k-th place.
 VALUES = [0.0, -0.0, 1.0, -1.0, 2.5, math.inf, -math.inf, math.nan]
@@ -48,6 +61,79 @@ def test_selecting_by_key_is_the_same_sort(case):
     assert topk_by_key(torch.tensor(rows), k).tolist() == sorted_in_full(rows, k)
 
 
+@settings(deadline=None, max_examples=300)
+@given(rows_and_k())
+def test_the_reference_is_the_same_sort(case):
+    rows, k = case
+    top_acts, top_indices = reference.select_topk(torch.tensor(rows), k)
+    assert top_indices.tolist() == sorted_in_full(rows, k)
+    assert top_acts.shape == top_indices.shape
+
+
+@st.composite
+def long_rows_and_k(draw):
+    """A few groups and often an incomplete one: a mass of ties with some latents strewn in."""
+    n = draw(st.integers(1, 5 * GROUP))
+    k = draw(st.integers(1, n))
+    seed = draw(st.integers(0, 2**31))
+    random = torch.Generator().manual_seed(seed)
+    num_rows = draw(st.integers(1, 3))
+    rows = torch.full((num_rows, n), draw(st.sampled_from(VALUES)))
+    strewn = torch.rand(num_rows, n, generator=random) < draw(st.sampled_from([0.02, 0.3, 1.0]))
+    pool = draw(st.lists(st.sampled_from([*VALUES, 3.0, -2.0, 1e-45]), min_size=1))
+    picked = torch.randint(len(pool), (num_rows, n), generator=random)
+    return torch.where(strewn, torch.tensor(pool)[picked], rows), k
+
+
+@settings(deadline=None, max_examples=300)
+@given(long_rows_and_k())
+def test_selecting_by_group_is_the_same_sort(case):
+    rows, k = case
+    wanted = sorted_in_full(rows.tolist(), k)
+    assert topk_by_group(rows, k).tolist() == wanted
+    assert topk_on_cpu(rows, k).tolist() == wanted
+
+
+@pytest.mark.parametrize("positives", [0, 1, 11, 12, 13, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_relu_leaves_any_number_of_positives(positives, dtype):
+    """Of a size that goes by groups, which end in an incomplete one."""
+    k, num_rows, n = 12, 9, 8009
+    assert num_rows * n >= LEAST_ELEMENTS and n >= LEAST_LATENTS_PER_K * k and n % GROUP
+    random = torch.Generator().manual_seed(positives)
+    acts = torch.zeros(num_rows, n, dtype=dtype)
+    for row in acts:
+        where = torch.randperm(n, generator=random)[:positives]
+        row[where] = torch.rand(positives, generator=random).to(dtype) + 0.1
+    acts[0, -1] = 7.0
+    top_acts, top_indices = select_topk(acts, k)
+    wanted = acts.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(top_indices, wanted.indices[:, :k])
+    assert torch.equal(top_acts, wanted.values[:, :k])
+
+
+def test_selection_does_not_change_what_it_reads():
+    for dtype in (torch.float32, torch.bfloat16):
+        acts = torch.randn(3, 100, dtype=dtype)
+        acts[:, ::7] = -0.0
+        before = acts.clone()
+        topk_by_key(acts, 5), topk_by_group(acts, 5)
+        assert torch.equal(acts.view(torch.int8), before.view(torch.int8))
+
+
+def test_rows_that_are_a_view_are_selected_as_their_copy():
+    whole = torch.randn(4, 6, 300)
+    part = whole[:, 1:5:2, 7:]
+    assert torch.equal(select_topk(part, 9)[1], select_topk(part.contiguous(), 9)[1])
+    rows = whole.view(24, 300).T
+    assert torch.equal(topk_by_group(rows, 3), topk_by_key(rows, 3))
+
+
+def test_doubles_that_agree_in_fp32_are_told_apart():
+    acts = torch.tensor([[1.0, 1.0 + 1e-12, 1.0]], dtype=torch.float64)
+    assert select_topk(acts, 2)[1].tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize("shape", [(5, 123), (1, 7), (3, 2, 41), (129,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_odd_shapes_match_the_stable_sort(shape, dtype):
@@ -80,6 +166,7 @@ def test_k_equal_to_n_sorts_the_row():
 def test_no_row():
     top_acts, top_indices = select_topk(torch.empty(0, 9), 4)
     assert top_acts.shape == top_indices.shape == (0, 4)
+    assert topk_by_group(torch.empty(0, 99), 4).shape == (0, 4)
     acts, indices = topk_encode(torch.empty(0, 3), torch.ones(9, 3), torch.zeros(9), 4)
     assert acts.shape == indices.shape == (0, 4)
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from microedit_vllm.artifact import Decision, EditOperator, Scope
 from microedit_vllm.errors import MicroEditError
@@ -47,6 +48,36 @@ def test_edited_by_threshold_against_dense_algebra(sae, z):
     codes = torch.where(pre > edit_set.manifest.theta, pre, 0.0)
     expected = z + codes @ dense_change(sae, edit_set.edit)
     torch.testing.assert_close(EditOperator.build(edit_set, sae).edited(z), expected)
+
+
+@pytest.mark.parametrize(("shared", "placement"), [(False, "delta"), (True, "replace")])
+def test_a_cpu_converts_no_weight_in_a_step(sae, z, shared, placement):
+    edit_set = tiny_edit_set(sae, shared=shared, placement=placement)
+    assert edit_set.edit.values.dtype == torch.bfloat16
+    operator = EditOperator.build(edit_set, sae)
+    assert (operator.edit is operator.scoring) == shared
+    as_stored = replace(operator, scoring=edit_set.scoring, edit=edit_set.edit)
+    with Conversions() as counted:
+        found = operator.edited(z), *operator.distances(z)
+    assert not counted.seen
+    with Conversions() as counted:
+        wanted = as_stored.edited(z), *as_stored.distances(z)
+    assert edit_set.edit.values.shape in counted.seen
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+class Conversions(TorchDispatchMode):
+    """Shapes of the matrices that were converted to another float type."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and output.is_floating_point():
+            self.seen.append(output.shape)
+        return output
 
 
 @pytest.mark.parametrize("placement", ["replace", "delta"])

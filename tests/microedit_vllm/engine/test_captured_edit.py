@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from microedit_kernels.topk_encode import reference as topk_reference
+from microedit_kernels.topk_encode import selection, topk_by_key
 from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.step_metadata import RequestState
 from microedit_vllm.engine.step_plan import plan_step
@@ -81,7 +81,7 @@ def test_the_captured_region_allocates_nothing_and_reads_nothing_back(single):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_step_reads_nothing_back_on_a_device(monkeypatch, shared):
     """All that a device runs in a step; its own shortcuts for the CPU are turned off."""
-    monkeypatch.setattr(topk_reference, "_by_sorting_ties", topk_reference.topk_by_key)
+    monkeypatch.setattr(selection, "topk_on_cpu", topk_by_key)
     state = EditState(make_operator(1e6, shared=shared), SLOTS)
     told = []
     monkeypatch.setattr(state._edit, "_may_look", False)
