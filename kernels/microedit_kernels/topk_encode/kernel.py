@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microedit_kernels.interpreting import operand
-from microedit_kernels.topk_encode.launch import EncodeConfig, encode_config, group_size
 from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, order_key
+from microedit_kernels.topk_encode.launch import EncodeConfig, encode_config, group_size
 
 
 @triton.jit

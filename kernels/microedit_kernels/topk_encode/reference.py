@@ -1,5 +1,6 @@
 """Top-k encode in plain torch (Eq. 7): h = TopK(ReLU(z·W_enc + b_enc))."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
