@@ -74,10 +74,10 @@ def _pre_share(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store_acts(  # type: ignore[no-untyped-def]
-    acts, stride, pre, threshold, is_latent, is_row, PAIR: tl.constexpr
+    acts, stride, pre, threshold, is_row, PAIR: tl.constexpr
 ):
-    """Threshold and store; zeros beyond the set's end, up to a whole tile."""
-    h = tl.where((pre > threshold) & is_latent, pre, 0.0)
+    """Threshold and store; `pre` is 0 or NaN beyond the set's end, so that zeros fill the tile."""
+    h = tl.where(pre > threshold, pre, 0.0)
     if PAIR:
         # hi + lo is h to 17 bits, and both are operands of the tensor cores.
         hi = rounded(h, tl.bfloat16)
@@ -140,10 +140,9 @@ def _compute_acts(  # type: ignore[no-untyped-def]
         at = (r - first_row)[:, None] * acts_width + places
         bias_block = tl.load(bias + latents, mask=is_latent, other=0.0)[None, :]
         threshold = tl.maximum(tl.load(theta + key), 0.0)
-        is_here = is_latent[None, :]
         if SPLITS == 1:
             pre += bias_block
-            _store_acts(acts + at, acts_stride, pre, threshold, is_here, is_row, PAIR)
+            _store_acts(acts + at, acts_stride, pre, threshold, is_row, PAIR)
         else:
             tl.store(shares + tl.program_id(1) * acts_stride + at, pre, mask=is_row)
             counter = (block - start) // ROWS * tl.num_programs(0) + tl.program_id(0)
@@ -153,7 +152,7 @@ def _compute_acts(  # type: ignore[no-untyped-def]
                     share = shares + split * acts_stride + at
                     total += tl.load(share, mask=is_row, other=0.0, cache_modifier=".cg")
                 total += bias_block
-                _store_acts(acts + at, acts_stride, total, threshold, is_here, is_row, PAIR)
+                _store_acts(acts + at, acts_stride, total, threshold, is_row, PAIR)
 
 
 @triton.jit

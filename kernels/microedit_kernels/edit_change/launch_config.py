@@ -45,7 +45,7 @@ CUTS = [(64, 1280), (64, 640), (64, 2560), (32, 1280), (128, 1280)]
 CANDIDATES = [
     LaunchConfig(16, 128, 4, 4, 4, 128, 64, 4, 4),
     LaunchConfig(16, 128, 2, 4, 5, 128, 64, 4, 5),
-    LaunchConfig(16, 128, 4, 8, 4, 128, 64, 8, 4),
+    LaunchConfig(16, 128, 2, 8, 5, 128, 64, 8, 4),
     LaunchConfig(16, 128, 1, 4, 6, 64, 64, 4, 5),
     LaunchConfig(16, 128, 4, 4, 4, 128, 64, 4, 4, latents_first=True),
     LaunchConfig(16, 256, 2, 8, 3, 256, 32, 8, 4, latents_first=True),
@@ -54,7 +54,7 @@ CANDIDATES = [
     LaunchConfig(64, 64, 4, 4, 4, 128, 64, 8, 4),
     LaunchConfig(64, 64, 4, 8, 5, 128, 64, 8, 4, latents_first=True),
     LaunchConfig(64, 64, 2, 8, 6, 128, 32, 8, 5, latents_first=True),
-    LaunchConfig(64, 128, 4, 8, 3, 128, 64, 4, 4),
+    LaunchConfig(64, 128, 4, 8, 3, 64, 64, 4, 4),
     LaunchConfig(64, 128, 2, 8, 3, 64, 64, 4, 5),
     LaunchConfig(64, 128, 2, 8, 4, 64, 64, 8, 5, latents_first=True),
     LaunchConfig(64, 64, 1, 4, 6, 64, 64, 8, 4),
