@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-Settings = dict[str, int]
+Settings = dict[str, Any]
 
 
 @cache

@@ -175,14 +175,12 @@ class TritonEdit:
         """What the server proves of its SAE in torch (`EditOperator.check_golden`), by kernels."""
         z = self._operator.edit_set.golden.z.to(self._W_enc.device, dtype)
         rows = torch.arange(len(z), device=z.device)
-        kept = [t.clone() for t in (self._slots.dist, self._slots.dist0, self._slots.counts)]
+        state = self._slots
         self.score(z, rows, rows)
-        dist, dist0 = (t[: len(z)].clone() for t in (self._slots.dist, self._slots.dist0))
-        for tensor, before in zip(
-            (self._slots.dist, self._slots.dist0, self._slots.counts), kept, strict=True
-        ):
-            tensor.copy_(before)
-        edited = z.float()
+        dist, dist0 = (kept[: len(z)].clone() for kept in (state.dist, state.dist0))
+        for tensor in (state.dist, state.dist0, state.counts):
+            tensor.zero_()
+        edited = z.to(torch.float, copy=True)
         self._substitute(edited, z, self._keys[: len(z)].fill_(0), len(z))
         found = (dist, dist0, edited)
         wanted = (*self._operator.distances(z), self._operator.edited(z))

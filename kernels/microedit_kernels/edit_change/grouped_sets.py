@@ -67,7 +67,7 @@ class GroupedSets:
         return -(-self.max_latents // self.part)
 
     @classmethod
-    def join(cls, sets: Sequence[EditRows], tile: int = 64, part: int = 1280) -> "GroupedSets":
+    def join(cls, sets: Sequence[EditRows], tile: int = 64, part: int = 2560) -> "GroupedSets":
         """Copy `sets`, of one d, dtypes and device, into one.
 
         Args:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from microedit_kernels.edit_change.grouped_sets import WORK_COLUMNS, GroupedSets
-from microedit_kernels.edit_change.launch_config import LaunchConfig
+from microedit_kernels.edit_change.launch_config import LaunchConfig, launch_config
 from microedit_kernels.edit_change.scratch import EditChangeScratch
 from microedit_kernels.interpreting import INTERPRETED, operand, rounded
 
@@ -275,12 +275,13 @@ def add_edit_change(
     offsets: Tensor,
     sets: GroupedSets,
     scratch: EditChangeScratch,
-    config: LaunchConfig,
+    config: LaunchConfig | None = None,
+    most: int | None = None,
 ) -> None:
     """Add δ of `reference.grouped_edit_change` to the rows that are on, and touch no other.
 
-    A pair of launches does `scratch.rows` active rows; there are as many pairs as a batch of M
-    active rows would need, and those beyond the last active row end at once.
+    A pair of launches does `scratch.rows` active rows; there are as many pairs as the most active
+    rows would need, and those beyond the last active row end at once.
 
     Args:
         hidden_states: [M, d] of any float dtype; changed in place.
@@ -288,6 +289,8 @@ def add_edit_change(
         rows: active rows, grouped by set, [≥ active] int32 (`row_plan.group_rows`).
         offsets: [S + 1] int32; set s has rows[offsets[s] : offsets[s + 1]].
         scratch: made for `sets`; what it holds before does not matter.
+        config: by shape when None.
+        most: how many rows can be active, where the host knows less than M.
 
     Raises:
         ValueError: `sets` were made for another d, or don't fit `scratch` or `config`.
@@ -297,12 +300,16 @@ def add_edit_change(
         raise ValueError(f"hidden_states and z are not both [M, {sets.d}]")
     if hidden_states.stride(1) != 1 or z.stride(1) != 1:
         raise ValueError("hidden_states or z is not contiguous along d")
+    most = M if most is None else most
+    if config is None:
+        size = max(t.element_size() for t in (z, sets.W_enc, sets.values))
+        config = launch_config(most, sets.max_latents, d, size)
     if sets.tile % config.delta_latents:
         raise ValueError(f"steps of {config.delta_latents} latents don't divide {sets.tile}")
     scratch.check_fits(sets)
     if not sets.max_latents:
         return
-    for first_row in range(0, M, scratch.rows):
+    for first_row in range(0, most, scratch.rows):
         end_row = first_row + scratch.rows
         _launch_acts(z, rows, offsets, sets, scratch, config, first_row, end_row)
         _launch_delta(hidden_states, rows, offsets, sets, scratch, config, first_row, end_row)

@@ -1,6 +1,11 @@
 """Block sizes of the edit change's two kernels."""
 
 from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from microedit_kernels.launch_table import settings
 
 MAX_ROW_BLOCK = 128
 MIN_ROW_BLOCK = 16
@@ -39,31 +44,6 @@ class LaunchConfig:
             raise ValueError(f"delta_d is below {MIN_BLOCK_D} or more than {MAX_D_SPLITS} splits")
 
 
-# What a search for the fastest tries: cuts for `GroupedSets.join`, as (tile, part), and configs for
-# them. All compile for Hopper at d = 4096 in bf16 without a spill (Triton 3.6, 3.9).
-CUTS = [(64, 1280), (64, 640), (64, 2560), (32, 1280), (128, 1280)]
-CANDIDATES = [
-    LaunchConfig(16, 128, 4, 4, 4, 128, 64, 4, 4),
-    LaunchConfig(16, 128, 2, 4, 5, 128, 64, 4, 5),
-    LaunchConfig(16, 128, 2, 8, 5, 128, 64, 8, 4),
-    LaunchConfig(16, 128, 1, 4, 6, 64, 64, 4, 5),
-    LaunchConfig(16, 128, 4, 4, 4, 128, 64, 4, 4, latents_first=True),
-    LaunchConfig(16, 256, 2, 8, 3, 256, 32, 8, 4, latents_first=True),
-    LaunchConfig(32, 128, 4, 4, 4, 128, 64, 4, 4),
-    LaunchConfig(32, 128, 4, 4, 4, 128, 64, 8, 4, latents_first=True),
-    LaunchConfig(64, 64, 4, 4, 4, 128, 64, 8, 4),
-    LaunchConfig(64, 64, 4, 8, 5, 128, 64, 8, 4, latents_first=True),
-    LaunchConfig(64, 64, 2, 8, 6, 128, 32, 8, 5, latents_first=True),
-    LaunchConfig(64, 128, 4, 8, 3, 64, 64, 4, 4),
-    LaunchConfig(64, 128, 2, 8, 3, 64, 64, 4, 5),
-    LaunchConfig(64, 128, 2, 8, 4, 64, 64, 8, 5, latents_first=True),
-    LaunchConfig(64, 64, 1, 4, 6, 64, 64, 8, 4),
-    LaunchConfig(64, 128, 1, 8, 5, 256, 32, 8, 4, latents_first=True),
-    LaunchConfig(128, 64, 4, 8, 4, 128, 64, 8, 3),
-    LaunchConfig(128, 64, 2, 8, 4, 128, 64, 8, 4),
-]
-
-
 def launch_config(rows: int, max_latents: int, d: int, element_size: int = 2) -> LaunchConfig:
     """The block sizes for at most `rows` active rows and sets of at most `max_latents`.
 
@@ -71,16 +51,18 @@ def launch_config(rows: int, max_latents: int, d: int, element_size: int = 2) ->
         element_size: bytes of the widest of the stream and the weights; 4 halves the steps, so
             that they fit the shared memory.
     """
-    if rows <= 16:
-        config = LaunchConfig(16, 128, 4, 4, 4, 128, 64, 4, 4)
-    elif rows <= 32:
-        config = LaunchConfig(32, 128, 4, 4, 4, 128, 64, 4, 4)
-    elif rows <= 64:
-        config = LaunchConfig(64, 64, 4, 4, 4, 128, 64, 8, 4)
-    else:
-        config = LaunchConfig(128, 64, 4, 8, 4, 128, 64, 8, 3)
+    config = LaunchConfig(**settings("edit_change", rows), overlap=_can_overlap())
     if max_latents * d < 1 << 20:
         config = replace(config, acts_splits=1)
+    if torch.version.hip:
+        config = replace(config, acts_stages=2, delta_stages=2)
     if element_size == 4:
         config = replace(config, acts_d=config.acts_d // 2, delta_latents=config.delta_latents // 2)
     return config
+
+
+@cache
+def _can_overlap() -> bool:
+    if torch.version.hip or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)

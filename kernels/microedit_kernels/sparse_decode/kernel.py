@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from microedit_kernels.interpreting import rounded
 from microedit_kernels.sparse_decode.launch import DecodeConfig, decode_config
 
 
@@ -132,7 +133,7 @@ def _decode(  # type: ignore[no-untyped-def]
         if DELTA:
             at = hidden_states + row * hidden_stride + columns
             hidden = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(at, (hidden + delta).to(hidden_states.dtype.element_ty), mask=inside)
+            tl.store(at, rounded(hidden + delta, hidden_states.dtype.element_ty), mask=inside)
         else:
             z_hat0 = _gather(acts, indices, W_dec, columns, inside, k, d, KU, BD, WARPS)
             if SCORE or REPLACE:
@@ -143,7 +144,7 @@ def _decode(  # type: ignore[no-untyped-def]
                 if not ALONE:
                     hidden = tl.load(at, mask=inside, other=0.0).to(tl.float32)
                     target = hidden + (target - z_here)
-                tl.store(at, target.to(hidden_states.dtype.element_ty), mask=inside)
+                tl.store(at, rounded(target, hidden_states.dtype.element_ty), mask=inside)
             elif SCORE:
                 off0 = tl.where(inside, z_hat0 - z_here, 0.0)
                 off = tl.where(inside, (z_hat0 + delta) - z_here, 0.0)

@@ -1,6 +1,8 @@
 """Launch configurations of the Top-k encode."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from microedit_kernels.launch_table import settings
 
@@ -18,11 +20,14 @@ class EncodeConfig:
 
 # There is no fast product of fp32: small tiles keep it in registers.
 _FP32 = EncodeConfig(32, 64, 32, 4, 2)
+# AMD has 64 KiB of shared memory: one step of a tile, while the next is on its way.
+_AMD_STAGES = 2
 
 
 def encode_config(rows: int, wide: bool) -> EncodeConfig:
     """The tile for a chunk of that many rows; `wide` multiplies in fp32."""
-    return _FP32 if wide else EncodeConfig(**settings("topk_encode", rows))
+    config = _FP32 if wide else EncodeConfig(**settings("topk_encode", rows))
+    return replace(config, stages=_AMD_STAGES) if torch.version.hip else config
 
 
 def group_size(n: int, k: int) -> int:
