@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-_KERNELS = ("row_plan", "topk_encode", "sparse_decode", "switch", "edit_change")
+_KERNELS = (
+    "row_plan.kernel",
+    "topk_encode.kernel",
+    "topk_encode.fp8_kernel",
+    "sparse_decode.kernel",
+    "switch.kernel",
+    "edit_change.kernel",
+)
 
 
 def _import_kernels() -> None:
@@ -18,8 +25,8 @@ def _import_kernels() -> None:
     """
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-    for operator in _KERNELS:
-        importlib.import_module(f"microedit_kernels.{operator}.kernel")
+    for module in _KERNELS:
+        importlib.import_module(f"microedit_kernels.{module}")
     os.environ.pop("TRITON_INTERPRET", None)
 
 
