@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,16 @@ class Session:
     def progress(self, what: str) -> None:
         print(f"{time.perf_counter() - self._start:5.0f} s  {what}", file=sys.stderr, flush=True)
 
-    def run(self) -> dict[str, Any]:
-        figures = [self._figure(case) for case in self.plan.cases(self.operators)]
+    def run(self, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Measure everything; `keep` gets what there is after each figure."""
+        figures: list[Figure] = []
+        for case in self.plan.cases(self.operators):
+            figures.append(self._figure(case))
+            keep(self._found(figures, []))
         steps = self._steps() if self.step else []
+        return self._found(figures, steps)
+
+    def _found(self, figures: list[Figure], steps: list[Overhead]) -> dict[str, Any]:
         return {
             "environment": self._environment(),
             "rates": self.floors.described(),
@@ -144,9 +152,15 @@ def _write(target: Path, data: bytes) -> None:
     os.replace(name, target)
 
 
+def _keep(folder: Path | None, found: dict[str, Any]) -> None:
+    """What was measured so far: a run that is stopped leaves its figures."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "kernels.json", as_json(found).encode())
+
+
 def _save(folder: Path, found: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "kernels.json", as_json(found).encode())
+    _keep(folder, found)
     _write(folder / "kernels.md", text(found, markdown=True).encode())
     try:
         image = plot(found["figures"], found["steps"], found["environment"]["device"])
@@ -161,13 +175,13 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("kernels.py: no CUDA device here; --device cpu interprets", file=sys.stderr)
         return 2
-    found = Session(options).run()
-    if options.out is not None:
-        try:
+    try:
+        found = Session(options).run(partial(_keep, options.out))
+        if options.out is not None:
             _save(options.out, found)
-        except OSError as error:
-            print(f"kernels.py: cannot write {options.out}: {error.strerror}", file=sys.stderr)
-            return 2
+    except OSError as error:
+        print(f"kernels.py: cannot write {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
     print(text(found), end="", flush=True)
     if failures(found["figures"], found["steps"]):
         return 1
