@@ -14,7 +14,7 @@ class DecodeConfig:
 
 
 # Up to this many rows: the shape of a program.
-_BY_ROWS = ((16, DecodeConfig(512, 16, 2, 3)),)
+_BY_ROWS = ((16, DecodeConfig(512, 16, 4, 3)),)
 _MANY_ROWS = DecodeConfig(1024, 8, 4, 3)
 
 
