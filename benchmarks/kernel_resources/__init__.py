@@ -1,0 +1,1 @@
+"""Registers, spills and shared memory of the shipped kernels, found without a GPU."""
