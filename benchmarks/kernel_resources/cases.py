@@ -13,6 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from microedit_kernels.edit_change.grouped_sets import EditRows, GroupedSets
+from microedit_kernels.edit_change.kernel import add_edit_change
+from microedit_kernels.edit_change.launch_config import launch_config
+from microedit_kernels.edit_change.scratch import EditChangeScratch
 from microedit_kernels.row_plan.kernel import group_rows
 from microedit_kernels.sparse_decode.kernel import (
     Decoder,
@@ -22,6 +26,7 @@ from microedit_kernels.sparse_decode.kernel import (
     substitute,
 )
 from microedit_kernels.switch.kernel import decide
+from microedit_kernels.topk_encode.fp8_filter import Fp8Encoder, Fp8Scratch, fp8_topk_encode
 from microedit_kernels.topk_encode.kernel import (
     EncodeScratch,
     InputNorm,
@@ -92,11 +97,34 @@ def _decode(shape: Shape, rows: int) -> None:
     plan = (_ints(rows), _ints(1), _floats(rows, k), _ints(rows, k), decoder)
     slots = 2**20
     state = (_ints(rows).long(), _floats(slots), _floats(slots), _floats(slots).bool())
-    score(z, *plan, *state, 100.0, DecodeScratch.allocate(rows, d, _META))
+    scratch = DecodeScratch.allocate(rows, d, k, _META)
+    score(z, *plan, *state, 100.0, scratch)
     for placement in ("replace", "delta"):
-        substitute(hidden_states, z, *plan, placement)
-    substitute(z, z, *plan, "replace")
-    decode_parts(z, *plan, _floats(2, rows, d))
+        substitute(hidden_states, z, *plan, placement, scratch)
+    substitute(z, z, *plan, "replace", scratch)
+    decode_parts(z, *plan, _floats(2, rows, d), scratch)
+
+
+def _eight_bits(shape: Shape, rows: int, codes: torch.dtype) -> None:
+    d, n, k = shape.d, shape.n, shape.k
+    eight = _floats(n, d).to(codes)
+    encoder = Fp8Encoder(
+        _halves(n, d), _floats(n), eight, *(_floats(n) for _ in "1234"), _floats(d)
+    )
+    fp8_topk_encode(
+        *(_halves(rows, d), _ints(rows), _ints(1), encoder, k, _floats(rows, k), _ints(rows, k)),
+        Fp8Scratch.allocate(rows, n, k, _META),
+    )
+
+
+def _edit_change(latents: int, rows: int, overlap: bool) -> None:
+    d = LLAMA.d
+    one = EditRows(_halves(latents, d), _floats(latents), None, _halves(latents, d), 0.0)
+    sets = GroupedSets.join([one])
+    config = replace(launch_config(rows, latents, d), overlap=overlap)
+    hidden_states, z = _halves(2, rows, d)
+    scratch = EditChangeScratch.allocate(rows, sets)
+    add_edit_change(hidden_states, z, _ints(rows), _ints(2), sets, scratch, config)
 
 
 def _decide(sequences: int, window: int, alpha: float | None) -> None:
@@ -113,13 +141,22 @@ def _decide(sequences: int, window: int, alpha: float | None) -> None:
     )
 
 
-def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Name of the shape, and what launches kernels at it; batches in ascending order."""
+    # Hopper's way to start a kernel early.
+    overlap = target in ("sm_90", "sm_100")
+    # Eight-bit floats came with Hopper; AMD's are others.
+    codes = {"sm_80": (torch.int8,), "gfx942": ()}.get(target, (torch.float8_e4m3fn, torch.int8))
     for shape in (LLAMA, MISTRAL, ODD):
         for rows in BATCHES:
             yield shape.name, partial(_encode, shape, rows)
             yield shape.name, partial(_decode, shape, rows)
         yield shape.name, partial(_merge, shape, BATCHES[-1], ranks=8)
+    for rows in BATCHES:
+        for latents in (500, 5000):
+            yield f"{latents:,} latents", partial(_edit_change, latents, rows, overlap)
+        for kind in codes:
+            yield LLAMA.name, partial(_eight_bits, LLAMA, rows, kind)
     yield LLAMA.name, partial(_encode, LLAMA, BATCHES[-1], norm=True)
     yield FP32.name, partial(_encode, FP32, BATCHES[-1])
     yield "any", partial(_row_plan, BATCHES[-1])

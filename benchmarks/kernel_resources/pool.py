@@ -87,7 +87,9 @@ def _list(targets: Sequence[str]) -> tuple[list[tuple[str, Launch]], list[str]]:
     from benchmarks.kernel_resources.cases import cases
     from benchmarks.kernel_resources.recording import launches_for, without_case
 
-    listed = [(target, launch) for target in targets for launch in launches_for(target, cases())]
+    listed = [
+        (target, launch) for target in targets for launch in launches_for(target, cases(target))
+    ]
     return listed, without_case(launch for _, launch in listed)
 
 

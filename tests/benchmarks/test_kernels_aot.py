@@ -171,8 +171,8 @@ def test_a_kernel_without_a_case_is_named():
         "-c",
         "from benchmarks.kernel_resources.cases import cases\n"
         "from benchmarks.kernel_resources.recording import launches_for, without_case\n"
-        "kept = [case for case in cases() if case[1].func.__name__ != '_merge']\n"
-        "print(without_case(launches_for('sm_90', cases())))\n"
+        "kept = [case for case in cases('sm_90') if case[1].func.__name__ != '_merge']\n"
+        "print(without_case(launches_for('sm_90', cases('sm_90'))))\n"
         "print(without_case(launches_for('sm_90', kept)))",
     )
     assert run.stdout.splitlines() == ["[]", "['topk_encode._merge']"], run.stderr

@@ -11,7 +11,8 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit
+# Batches of every size share one kernel.
+@triton.jit(do_not_specialize=["M"])
 def _group_rows(keys, rows, offsets, M, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     key = tl.program_id(0)
     before = tl.zeros((BLOCK,), tl.int32)

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# Windows of a length share one kernel with those of up to twice it.
+@triton.jit(do_not_specialize=["width"])
 def _decide(  # type: ignore[no-untyped-def]
     dist,
     dist0,

@@ -204,7 +204,12 @@ def fp8_topk_encode(
     Args:
         z, rows, count, k, top_acts, top_indices, relu: as in `kernel.topk_encode`.
         config: launch configuration; by shape when None.
+
+    Raises:
+        ValueError: on an AMD GPU, whose eight-bit floats are others.
     """
+    if torch.version.hip:
+        raise ValueError("the eight-bit filter is made for NVIDIA's GPUs")
     M = len(top_acts)
     chunk = len(scratch.acts)
     assert z.stride(1) == 1 and encoder.codes.is_contiguous() and encoder.W_enc.is_contiguous()

@@ -19,7 +19,8 @@ from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, orde
 from microedit_kernels.topk_encode.launch import EncodeConfig, encode_config, group_size
 
 
-@triton.jit
+# Sizes that change from step to step must not have a kernel each.
+@triton.jit(do_not_specialize=["first_row", "chunk_rows"])
 def _encode(  # type: ignore[no-untyped-def]
     z,
     rows,
@@ -98,7 +99,7 @@ def _encode(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _select(  # type: ignore[no-untyped-def]
     pre,
     group_keys,
