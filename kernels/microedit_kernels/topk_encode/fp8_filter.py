@@ -150,7 +150,8 @@ class Fp8Scratch:
         """For batches of up to `max_rows` rows.
 
         Args:
-            capacity: candidates of a row above which it falls back, at most 8,192; at least k.
+            capacity: candidates of a row above which it falls back, at most 8,192. Each costs a
+                row of W_enc, so more than n / M are not worth it.
             segment: a power of two.
         """
         encode = EncodeScratch.allocate(max_rows, n, k, device)
@@ -183,6 +184,138 @@ class Fp8Scratch:
         return fallen / encoded if encoded else float("nan")
 
 
+def approximate(
+    z: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    encoder: Fp8Encoder,
+    k: int,
+    scratch: Fp8Scratch,
+    first: int,
+    size: int,
+    tile: EncodeConfig,
+) -> None:
+    """The filter's pre-activations of `size` active rows into `scratch.encode.pre`."""
+    n, d = encoder.W_enc.shape
+    pre, group_keys = scratch.encode.pre, scratch.encode.group_keys
+    norms, codes = scratch.norms, encoder.codes
+    # Not every GPU has fp8, and the kernel needs none. The interpreter reads it.
+    e4m3 = codes.dtype == torch.float8_e4m3fn and codes.is_cuda
+    _approximate[(triton.cdiv(size, tile.rows) * triton.cdiv(n, tile.latents),)](
+        *(z, rows, count, codes.view(torch.int8) if e4m3 else codes, encoder.scale),
+        *(encoder.filter_bias, encoder.error, encoder.rounding, norms, pre, group_keys),
+        *(scratch.group_upper, first, size, norms.shape[1], n, group_keys.shape[1], d, z.stride(0)),
+        E4M3=e4m3,
+        G=group_size(n, k),
+        BM=tile.rows,
+        BN=tile.latents,
+        BK=tile.depth,
+        EVEN_K=d % tile.depth == 0,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The steps behind the product, for `size` active rows from `first` on."""
+
+    z: Tensor
+    rows: Tensor
+    count: Tensor
+    encoder: Fp8Encoder
+    k: int
+    top_acts: Tensor
+    top_indices: Tensor
+    scratch: Fp8Scratch
+    relu: bool
+    config: Fp8Config
+
+    @property
+    def group(self) -> int:
+        return group_size(len(self.encoder.W_enc), self.k)
+
+    def select_first(self, first: int, size: int) -> None:
+        own = self.scratch.encode
+        groups = own.group_keys.shape[1]
+        _select[(size,)](
+            *(own.pre, own.group_keys, own.group_list, self.count, self.top_acts),
+            *(self.top_indices, first, len(self.encoder.W_enc), groups, self.k),
+            G=self.group,
+            GROUPS=triton.next_power_of_2(groups),
+            KP=triton.next_power_of_2(self.k),
+            num_warps=8,
+        )
+
+    def rescore(self, first: int, size: int, of_first: bool) -> None:
+        n, d = self.encoder.W_enc.shape
+        scratch, config = self.scratch, self.config
+        segments, capacity = scratch.counts.shape[1], scratch.acts.shape[1]
+        _rescore[(size * config.lanes,)](
+            *(self.z, self.rows, self.count, self.encoder.W_enc, self.encoder.bias),
+            *(self.top_acts, self.top_indices, scratch.encode.pre, scratch.counts),
+            *(scratch.acts, scratch.indices, first, n, d, self.k, segments, capacity),
+            *(self.z.stride(0), config.lanes),
+            RELU=self.relu,
+            FIRST=of_first,
+            SEGMENT=scratch.segment,
+            SEGMENTS=triton.next_power_of_2(segments),
+            KP=triton.next_power_of_2(self.k),
+            BC=config.candidates,
+            BK=config.depth,
+            num_warps=config.warps,
+        )
+
+    def collect(self, first: int, size: int) -> None:
+        scratch, encoder = self.scratch, self.encoder
+        groups = scratch.group_upper.shape[1]
+        segments, capacity = scratch.counts.shape[1], scratch.acts.shape[1]
+        _collect[(size * segments,)](
+            *(scratch.encode.pre, scratch.group_upper, self.count, encoder.error),
+            *(encoder.rounding, scratch.norms, self.top_acts, scratch.counts, first),
+            *(scratch.norms.shape[1], len(encoder.W_enc), groups, self.k, segments, capacity),
+            RELU=self.relu,
+            G=self.group,
+            SEGMENT=scratch.segment,
+            KP=triton.next_power_of_2(self.k),
+            num_warps=8,
+        )
+
+    def choose(self, first: int, size: int) -> None:
+        scratch = self.scratch
+        segments, capacity = scratch.counts.shape[1], scratch.acts.shape[1]
+        _choose[(size,)](
+            *(scratch.acts, scratch.indices, scratch.counts, self.count, self.top_acts),
+            *(self.top_indices, scratch.fallen, first, self.k, segments, capacity),
+            SEGMENTS=triton.next_power_of_2(segments),
+            CAPACITY=triton.next_power_of_2(capacity),
+            num_warps=8,
+        )
+
+    def fall_back(self) -> None:
+        """The plain encode of the rows that the filter proved too little of."""
+        M, scratch = len(self.top_acts), self.scratch
+        number = scratch.offsets[1:]
+        group_rows(scratch.fallen[:M], scratch.fallen_rows, scratch.offsets)
+        _fallen_rows[(triton.cdiv(M, _BLOCK),)](
+            *(self.rows, scratch.fallen_rows, number, self.count, scratch.z_rows),
+            *(scratch.report, M),
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+        spare = (scratch.spare_acts[:M], scratch.spare_indices[:M])
+        topk_encode(
+            *(self.z, scratch.z_rows, number, self.encoder.W_enc, self.encoder.bias, self.k),
+            *(*spare, scratch.encode),
+            relu=self.relu,
+        )
+        _return_rows[(M,)](
+            *(*spare, scratch.fallen_rows, number, self.top_acts, self.top_indices, self.k),
+            KP=triton.next_power_of_2(self.k),
+            num_warps=4,
+        )
+
+
 def fp8_topk_encode(
     z: Tensor,
     rows: Tensor,
@@ -210,12 +343,12 @@ def fp8_topk_encode(
     """
     if torch.version.hip:
         raise ValueError("the eight-bit filter is made for NVIDIA's GPUs")
-    M = len(top_acts)
-    chunk = len(scratch.acts)
     assert z.stride(1) == 1 and encoder.codes.is_contiguous() and encoder.W_enc.is_contiguous()
-    assert len(scratch.fallen) >= M and scratch.spare_acts.shape[1] == k
+    assert len(scratch.fallen) >= len(top_acts) and scratch.spare_acts.shape[1] == k
+    M, chunk = len(top_acts), len(scratch.acts)
     wide = z.dtype != encoder.W_enc.dtype or z.dtype == torch.float32
     chosen = config or fp8_config(min(M, chunk), wide)
+    call = _Call(z, rows, count, encoder, k, top_acts, top_indices, scratch, relu, chosen)
     norms = scratch.norms
     _row_norms[(M,)](
         *(z, rows, count, encoder.center, norms, norms.shape[1], z.shape[1], z.stride(0)),
@@ -225,118 +358,9 @@ def fp8_topk_encode(
     for first in range(0, M, chunk):
         size = min(chunk, M - first)
         approximate(z, rows, count, encoder, k, scratch, first, size, chosen.tile)
-        _best_candidates(
-            z, rows, count, encoder, k, top_acts, top_indices, scratch, first, size, relu, chosen
-        )
-    fallen_count = scratch.offsets[1:]
-    group_rows(scratch.fallen[:M], scratch.fallen_rows, scratch.offsets)
-    _fallen_rows[(triton.cdiv(M, _BLOCK),)](
-        *(rows, scratch.fallen_rows, fallen_count, count, scratch.z_rows, scratch.report, M),
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
-    spare = (scratch.spare_acts[:M], scratch.spare_indices[:M])
-    topk_encode(
-        *(z, scratch.z_rows, fallen_count, encoder.W_enc, encoder.bias, k, *spare),
-        scratch.encode,
-        relu=relu,
-    )
-    _return_rows[(M,)](
-        *(*spare, scratch.fallen_rows, fallen_count, top_acts, top_indices, k),
-        KP=triton.next_power_of_2(k),
-        num_warps=4,
-    )
-
-
-def approximate(
-    z: Tensor,
-    rows: Tensor,
-    count: Tensor,
-    encoder: Fp8Encoder,
-    k: int,
-    scratch: Fp8Scratch,
-    first: int,
-    size: int,
-    tile: EncodeConfig,
-) -> None:
-    """The filter's pre-activations of `size` active rows into `scratch.encode.pre`."""
-    n, d = encoder.W_enc.shape
-    pre, group_keys = scratch.encode.pre, scratch.encode.group_keys
-    norms = scratch.norms
-    _approximate[(triton.cdiv(size, tile.rows) * triton.cdiv(n, tile.latents),)](
-        *(z, rows, count, encoder.codes, encoder.scale, encoder.filter_bias),
-        *(encoder.error, encoder.rounding, norms, pre, group_keys, scratch.group_upper),
-        *(first, size, norms.shape[1], n, group_keys.shape[1], d, z.stride(0)),
-        G=group_size(n, k),
-        BM=tile.rows,
-        BN=tile.latents,
-        BK=tile.depth,
-        EVEN_K=d % tile.depth == 0,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-
-
-def _best_candidates(
-    z: Tensor,
-    rows: Tensor,
-    count: Tensor,
-    encoder: Fp8Encoder,
-    k: int,
-    top_acts: Tensor,
-    top_indices: Tensor,
-    scratch: Fp8Scratch,
-    first: int,
-    size: int,
-    relu: bool,
-    config: Fp8Config,
-) -> None:
-    n, d = encoder.W_enc.shape
-    pre, group_keys = scratch.encode.pre, scratch.encode.group_keys
-    groups = group_keys.shape[1]
-    G = group_size(n, k)
-    KP = triton.next_power_of_2(k)
-    segments, capacity = scratch.counts.shape[1], scratch.acts.shape[1]
-    norms = scratch.norms
-    _select[(size,)](
-        *(pre, group_keys, scratch.encode.group_list, count),
-        *(top_acts, top_indices, first, n, groups, k),
-        G=G,
-        GROUPS=triton.next_power_of_2(groups),
-        KP=KP,
-        num_warps=8,
-    )
-
-    def rescore(of_first: bool) -> None:
-        _rescore[(size * config.lanes,)](
-            *(z, rows, count, encoder.W_enc, encoder.bias, top_acts, top_indices),
-            *(pre, scratch.counts, scratch.acts, scratch.indices),
-            *(first, n, d, k, segments, capacity, z.stride(0), config.lanes),
-            RELU=relu,
-            FIRST=of_first,
-            SEGMENT=scratch.segment,
-            SEGMENTS=triton.next_power_of_2(segments),
-            KP=KP,
-            BC=config.candidates,
-            BK=config.depth,
-            num_warps=config.warps,
-        )
-
-    rescore(of_first=True)
-    _collect[(size * segments,)](
-        *(pre, scratch.group_upper, count, encoder.error, encoder.rounding, norms, top_acts),
-        *(scratch.counts, first, norms.shape[1], n, groups, k, segments, capacity),
-        RELU=relu,
-        G=G,
-        SEGMENT=scratch.segment,
-        KP=KP,
-        num_warps=8,
-    )
-    rescore(of_first=False)
-    _choose[(size,)](
-        *(scratch.acts, scratch.indices, scratch.counts, count, top_acts, top_indices),
-        *(scratch.fallen, first, k, segments, capacity),
-        SEGMENTS=triton.next_power_of_2(segments),
-        CAPACITY=triton.next_power_of_2(capacity),
-        num_warps=8,
-    )
+        call.select_first(first, size)
+        call.rescore(first, size, of_first=True)
+        call.collect(first, size)
+        call.rescore(first, size, of_first=False)
+        call.choose(first, size)
+    call.fall_back()

@@ -15,7 +15,7 @@ from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, orde
 
 # Four e4m3 codes are two pairs of bf16: exponent and mantissa move to their place, and 2^120
 # corrects the exponent's bias, subnormal codes included. The compiler's own conversion takes an
-# instruction of a quarter of the rate for each code.
+# instruction of a quarter of the rate for each code, and has none for sm_80.
 _E4M3_TO_BF16 = tl.constexpr("""{
     .reg .b32 t, s, h, up, zero;
     mov.b32 up, 0x7b807b80;
@@ -34,12 +34,12 @@ _E4M3_TO_BF16 = tl.constexpr("""{
 
 
 @triton.jit
-def _decoded(codes, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decoded(codes, dtype: tl.constexpr, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as the dtype that they are multiplied in; every code is a value of each of them."""
     if INTERPRETED:
         return codes.to(tl.float32)
-    if codes.dtype == tl.float8e4nv and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
+    if E4M3:
+        codes = tl.inline_asm_elementwise(
             _E4M3_TO_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     return codes.to(dtype)
@@ -100,6 +100,7 @@ def _approximate(  # type: ignore[no-untyped-def]
     groups,
     d,
     z_stride,
+    E4M3: tl.constexpr,
     G: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -130,7 +131,7 @@ def _approximate(  # type: ignore[no-untyped-def]
                 inside = start + at < d
                 z_part = tl.load(z_at, mask=inside[:, None], other=0.0)
                 code = tl.load(codes_at, mask=inside[None, :], other=0.0)
-            weights = _decoded(code, z_part.dtype)
+            weights = _decoded(code, z_part.dtype, E4M3)
             acc = tl.dot(weights, operand(z_part), acc, input_precision="ieee")
             z_at += BK
             codes_at += BK
