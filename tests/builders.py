@@ -93,8 +93,8 @@ def tiny_edit_set(sae: SparseAutoencoder, shared: bool = False, **changes) -> Ed
     """
     if shared:
         changes = {"placement": "replace", "activation": "topk", "theta": None} | changes
-    scoring = tiny_change(1, [1, 4, 9, 17, 30])
-    edit = scoring if shared else tiny_change(2, [2, 4, 40])
+    scoring = tiny_change(1, [1, 4, 9, 17, 30], sae.d_in)
+    edit = scoring if shared else tiny_change(2, [2, 4, 40], sae.d_in)
     facts = [
         {
             "prompt": "The capital of Australia is",

@@ -22,9 +22,10 @@ ASKING = (True, False)
 
 
 def make_state(tau: float, kernels: bool, **form) -> EditState:
-    sae = tiny_sae(0, D, LATENTS, K).to("cuda")
+    sae = tiny_sae(0, D, LATENTS, K)
     decision = Decision(statistic="relative", tau=tau, scope=Scope(last=None, run=8), max_norm=1e4)
-    state = EditState(EditOperator.build(tiny_edit_set(sae, decision=decision, **form), sae), SLOTS)
+    edit_set = tiny_edit_set(sae, decision=decision, **form)
+    state = EditState(EditOperator.build(edit_set, sae.to("cuda")), SLOTS)
     if kernels:
         state.use_kernels(2 * LENGTH, torch.bfloat16)
     return state
@@ -65,7 +66,10 @@ def test_a_step_by_kernels_is_that_of_torch(form, tau):
     changed = (found != plain).any(-1)
     expected = torch.zeros_like(changed)
     expected[PLAN.edit_from : LENGTH] = tau > 1
-    assert torch.equal(changed, expected)
+    assert not bool((changed & ~expected).any())
+    # By the Top-k a row may have no changed latent, and z + δ is z then.
+    if form.get("placement") != "delta":
+        assert torch.equal(changed, expected)
     records = [state.records.read("0") for state in (by_kernels, by_torch)]
     assert records[0]["on"] == records[1]["on"] == (tau > 1)
     assert records[0]["ard"] == pytest.approx(records[1]["ard"], rel=2e-2)
