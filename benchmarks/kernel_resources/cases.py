@@ -117,11 +117,11 @@ def _eight_bits(shape: Shape, rows: int, codes: torch.dtype) -> None:
     )
 
 
-def _edit_change(latents: int, rows: int, overlap: bool) -> None:
+def _edit_change(latents: int, rows: int, hopper: bool) -> None:
     d = LLAMA.d
     one = EditRows(_halves(latents, d), _floats(latents), None, _halves(latents, d), 0.0)
     sets = GroupedSets.join([one])
-    config = replace(launch_config(rows, latents, d), overlap=overlap)
+    config = launch_config(rows, latents, d, hopper=hopper)
     hidden_states, z = _halves(2, rows, d)
     scratch = EditChangeScratch.allocate(rows, sets)
     add_edit_change(hidden_states, z, _ints(rows), _ints(2), sets, scratch, config)
@@ -143,8 +143,7 @@ def _decide(sequences: int, window: int, alpha: float | None) -> None:
 
 def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Name of the shape, and what launches kernels at it; batches in ascending order."""
-    # Hopper's way to start a kernel early.
-    overlap = target in ("sm_90", "sm_100")
+    hopper = target in ("sm_90", "sm_100")
     # Eight-bit floats came with Hopper; AMD's are others.
     codes = {"sm_80": (torch.int8,), "gfx942": ()}.get(target, (torch.float8_e4m3fn, torch.int8))
     for shape in (LLAMA, MISTRAL, ODD):
@@ -154,7 +153,7 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield shape.name, partial(_merge, shape, BATCHES[-1], ranks=8)
     for rows in BATCHES:
         for latents in (500, 5000):
-            yield f"{latents:,} latents", partial(_edit_change, latents, rows, overlap)
+            yield f"{latents:,} latents", partial(_edit_change, latents, rows, hopper)
         for kind in codes:
             yield LLAMA.name, partial(_eight_bits, LLAMA, rows, kind)
     yield LLAMA.name, partial(_encode, LLAMA, BATCHES[-1], norm=True)

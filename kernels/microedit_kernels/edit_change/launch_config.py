@@ -44,17 +44,26 @@ class LaunchConfig:
             raise ValueError(f"delta_d is below {MIN_BLOCK_D} or more than {MAX_D_SPLITS} splits")
 
 
-def launch_config(rows: int, max_latents: int, d: int, element_size: int = 2) -> LaunchConfig:
+def launch_config(
+    rows: int, max_latents: int, d: int, element_size: int = 2, hopper: bool | None = None
+) -> LaunchConfig:
     """The block sizes for at most `rows` active rows and sets of at most `max_latents`.
 
     Args:
         element_size: bytes of the widest of the stream and the weights; 4 halves the steps, so
             that they fit the shared memory.
+        hopper: for NVIDIA's Hopper and later; this machine's GPU decides when None.
     """
-    config = LaunchConfig(**settings("edit_change", rows), overlap=_can_overlap())
+    config = LaunchConfig(**settings("edit_change", rows))
+    if _is_hopper() if hopper is None else hopper:
+        config = replace(config, overlap=True)
+    else:
+        # Without tensor cores that read shared memory, operands take the registers.
+        config = replace(config, latents_first=False, delta_d=min(config.delta_d, 64))
     if max_latents * d < 1 << 20:
         config = replace(config, acts_splits=1)
     if torch.version.hip:
+        # AMD has 64 KiB of shared memory: one step of a tile, while the next is on its way.
         config = replace(config, acts_stages=2, delta_stages=2)
     if element_size == 4:
         config = replace(config, acts_d=config.acts_d // 2, delta_latents=config.delta_latents // 2)
@@ -62,7 +71,7 @@ def launch_config(rows: int, max_latents: int, d: int, element_size: int = 2) ->
 
 
 @cache
-def _can_overlap() -> bool:
+def _is_hopper() -> bool:
     if torch.version.hip or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= (9, 0)

@@ -346,7 +346,8 @@ def _launch(
         ALONE=ALONE,
         SPLITS=splits,
         BD=chosen.columns,
-        KU=chosen.latents,
+        # Few latents of a row are changed.
+        KU=max(chosen.latents // 2, chosen.warps) if DELTA else chosen.latents,
         WARPS=chosen.warps,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
