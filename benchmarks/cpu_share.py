@@ -38,6 +38,7 @@ from microedit_kernels.topk_encode import pre_acts
 from microedit_trainer.demo.server import ENVIRONMENT
 from microedit_vllm.artifact import EditOperator, EditSet
 from microedit_vllm.artifact.atomic import write_atomically
+from microedit_vllm.engine.torch_edit import TorchEdit
 from microedit_vllm.errors import MicroEditError
 
 Side = Literal["before", "after"]
@@ -120,11 +121,11 @@ class StepClock:
             side = order[index % len(order)]
             return side, sides[side]
 
-        usual, self._found, self._choose = self.state.operator, [], choose
+        usual, self._found, self._choose = self.state.edit, [], choose
         try:
             batch()
         finally:
-            self.state.operator, self._choose = usual, None
+            self.state.edit, self._choose = usual, None
         return self._found
 
     def _timed_apply(self, hidden_states: Tensor, z: Tensor | None) -> None:
@@ -137,7 +138,8 @@ class StepClock:
     def _timed_step(self) -> Any:
         if self._choose is None:
             return self._step()
-        side, self.state.operator = self._choose(len(self._found))
+        side, operator = self._choose(len(self._found))
+        self.state.edit = TorchEdit(operator, self.state.slots)
         self._edit_seconds, self._rows = 0.0, 0
         started = time.perf_counter()
         outputs = self._step()

@@ -35,7 +35,7 @@ class EditState:
         self.operator = operator
         self.plan: StepPlan | None = None
         self.slots = SlotState.allocate(num_slots, self.device)
-        self._edit: TorchEdit | TritonEdit = TorchEdit(operator, self.slots)
+        self.edit: TorchEdit | TritonEdit = TorchEdit(operator, self.slots)
         self.records = DecisionRecords(self.device)
         # On the CPU a decision is known in its own step, on every rank.
         at_once = self.device.type == "cpu" or not in_step
@@ -43,11 +43,11 @@ class EditState:
 
     def use_kernels(self, max_tokens: int, dtype: torch.dtype) -> None:
         """Compute by Triton kernels from now on; see `TritonEdit`."""
-        self._edit = TritonEdit(self.operator, self.slots, max_tokens, dtype)
+        self.edit = TritonEdit(self.operator, self.slots, max_tokens, dtype)
 
     def prepare_capture(self, max_rows: int, max_tokens: int, dtype: torch.dtype) -> None:
         """Make the buffers of full CUDA graphs, before any is captured; see `CapturedEdit`."""
-        kernels = self._edit if isinstance(self._edit, TritonEdit) else None
+        kernels = self.edit if isinstance(self.edit, TritonEdit) else None
         self.captured = CapturedEdit(
             self.operator, self.slots.on, max_rows, max_tokens, dtype, kernels
         )
@@ -75,16 +75,16 @@ class EditState:
             return
         if len(plan.scored_rows):
             stream = hidden_states if z is None else z
-            self._edit.score(stream, plan.scored_rows, plan.scored_slots)
+            self.edit.score(stream, plan.scored_rows, plan.scored_slots)
         if plan.deciding:
             self._decide(plan)
         if len(plan.edited_rows):
             self._substitute(plan, hidden_states, z)
 
     def _decide(self, plan: StepPlan) -> None:
-        ards, on = self._edit.decide(plan.window_slots, plan.in_window, plan.decide_slots)
+        ards, on = self.edit.decide(plan.window_slots, plan.in_window, plan.decide_slots)
         self.records.write([external_id(state.request_id) for state in plan.deciding], ards, on)
         self.feedback.decided(plan.deciding, on)
 
     def _substitute(self, plan: StepPlan, hidden_states: Tensor, z: Tensor | None) -> None:
-        self._edit.substitute(hidden_states, z, plan.edited_rows, plan.decision_slots)
+        self.edit.substitute(hidden_states, z, plan.edited_rows, plan.decision_slots)

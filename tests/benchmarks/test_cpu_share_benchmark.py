@@ -61,6 +61,10 @@ def test_every_row_is_on_in_the_steps_that_count(tmp_path, monkeypatch):
     monkeypatch.setattr(
         cpu_share, "fact_prompts", lambda *_: [*served.edited[:2], served.unrelated[4]]
     )
+    encoded, encode = [], EditOperator.encode
+    monkeypatch.setattr(
+        EditOperator, "encode", lambda self, z: encoded.append(type(self)) or encode(self, z)
+    )
     with engine_here(served.model, **_arguments(served)) as llm:
         monkeypatch.setattr(cpu_share, "start", lambda *_, **__: llm)
         result = CliRunner().invoke(app, words)
@@ -73,6 +77,12 @@ def test_every_row_is_on_in_the_steps_that_count(tmp_path, monkeypatch):
             counts = [row[side]["steps"] for side in cpu_share.SIDES]
             assert min(counts) >= 8 and max(counts) - min(counts) <= 4
             assert all(0 < row[side]["share"] < 1 for side in cpu_share.SIDES)
+        # By the Top-k each step that decodes encodes, on its own side.
+        steps = {
+            side: sum(r[side]["steps"] for r in report["shares"][2:]) for side in cpu_share.SIDES
+        }
+        assert encoded.count(cpu_share.EarlierOperator) >= steps["before"]
+        assert encoded.count(EditOperator) >= steps["after"]
 
 
 def test_requests_that_are_off_give_no_figures(tmp_path):

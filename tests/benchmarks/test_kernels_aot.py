@@ -3,6 +3,7 @@
 Kernels are imported for Triton's interpreter in this process, so the real ones compile in others.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from benchmarks.kernel_resources.cases import BATCHES
 from benchmarks.kernel_resources.gate import breaches
 from benchmarks.kernel_resources.results import TARGETS, Launch, Outcome, Product, Resources
 from benchmarks.kernel_resources.spills import AMDGCN, SASS, spills_in_loops
-from microedit_kernels.sparse_decode import launch as decode_launch
+from microedit_kernels import launch_table
 from microedit_kernels.topk_encode import launch as encode_launch
 from microedit_vllm.errors import MicroEditError
 
@@ -144,11 +145,9 @@ def test_a_block_of_the_document_is_replaced():
 
 
 def test_batches_reach_every_row_of_the_launch_tables(monkeypatch):
-    def table(launch):
-        return {*(config for _, config in launch._BY_ROWS), launch._MANY_ROWS}
-
-    assert {encode_launch.encode_config(rows, False) for rows in BATCHES} == table(encode_launch)
-    assert {decode_launch.decode_config(rows) for rows in BATCHES} == table(decode_launch)
+    for operator in ("topk_encode", "sparse_decode", "edit_change"):
+        reached = {json.dumps(launch_table.settings(operator, rows)) for rows in BATCHES}
+        assert reached == {json.dumps(line) for _, line in launch_table._table()[operator]}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert {encode_launch.encode_config(rows, False).stages for rows in BATCHES} == {2}
 

@@ -396,7 +396,7 @@ def test_missed_bars_fail_only_where_asked(monkeypatch, capsys):
         "bars": [missed],
         "seconds": 1.0,
     }
-    monkeypatch.setattr(session.Session, "run", lambda self: found)
+    monkeypatch.setattr(session.Session, "run", lambda self, keep: found)
     assert run() == 0
     assert run("--fail-on-bars") == 3
     assert "MISSED       an aim: 2.00 × bar 1.00 ×" in capsys.readouterr().out
