@@ -50,6 +50,17 @@ def test_shares_are_of_a_step_and_by_side():
     assert row["faster"] == 4
 
 
+def _count_calls(monkeypatch, kind, found):
+    """Note `kind` at each call of its `encode`."""
+    encode = kind.encode
+
+    def counted(self, z):
+        found.append(kind)
+        return encode(self, z)
+
+    monkeypatch.setattr(kind, "encode", counted)
+
+
 def test_every_row_is_on_in_the_steps_that_count(tmp_path, monkeypatch):
     """The command line on a real engine; the facts' prompts are made-up tokens here."""
     served = tiny_served(tmp_path)
@@ -61,10 +72,9 @@ def test_every_row_is_on_in_the_steps_that_count(tmp_path, monkeypatch):
     monkeypatch.setattr(
         cpu_share, "fact_prompts", lambda *_: [*served.edited[:2], served.unrelated[4]]
     )
-    encoded, encode = [], EditOperator.encode
-    monkeypatch.setattr(
-        EditOperator, "encode", lambda self, z: encoded.append(type(self)) or encode(self, z)
-    )
+    encoded = []
+    for kind in (EditOperator, cpu_share.EarlierOperator):
+        _count_calls(monkeypatch, kind, encoded)
     with engine_here(served.model, **_arguments(served)) as llm:
         monkeypatch.setattr(cpu_share, "start", lambda *_, **__: llm)
         result = CliRunner().invoke(app, words)
@@ -78,9 +88,8 @@ def test_every_row_is_on_in_the_steps_that_count(tmp_path, monkeypatch):
             assert min(counts) >= 8 and max(counts) - min(counts) <= 4
             assert all(0 < row[side]["share"] < 1 for side in cpu_share.SIDES)
         # By the Top-k each step that decodes encodes, on its own side.
-        steps = {
-            side: sum(r[side]["steps"] for r in report["shares"][2:]) for side in cpu_share.SIDES
-        }
+        rows = report["shares"][2:]
+        steps = {side: sum(row[side]["steps"] for row in rows) for side in cpu_share.SIDES}
         assert encoded.count(cpu_share.EarlierOperator) >= steps["before"]
         assert encoded.count(EditOperator) >= steps["after"]
 
