@@ -144,7 +144,8 @@ class Session:
         }
 
 
-def _write(target: Path, data: bytes) -> None:
+def write_file(target: Path, data: bytes) -> None:
+    """Atomically."""
     # `artifact.atomic` does it too, but needs more than torch and triton.
     handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     with os.fdopen(handle, "wb") as file:
@@ -156,18 +157,18 @@ def _keep(folder: Path | None, found: dict[str, Any]) -> None:
     """What was measured so far: a run that is stopped leaves its figures."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "kernels.json", as_json(found).encode())
+        write_file(folder / "kernels.json", as_json(found).encode())
 
 
 def _save(folder: Path, found: dict[str, Any]) -> None:
     _keep(folder, found)
-    _write(folder / "kernels.md", text(found, markdown=True).encode())
+    write_file(folder / "kernels.md", text(found, markdown=True).encode())
     try:
         image = plot(found["figures"], found["steps"], found["environment"]["device"])
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
     else:
-        _write(folder / "kernels.png", image)
+        write_file(folder / "kernels.png", image)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,18 +5,25 @@ settings serve up to `most` rows of a batch, the last ones any number.
 """
 
 import json
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
 Settings = dict[str, Any]
+_loaded: dict[str, Any] = {}
 
 
-@cache
-def _table() -> dict[str, Any]:
-    text = files(__package__).joinpath("launch_table.json").read_text()
-    table: dict[str, Any] = json.loads(text)
-    return table
+def table() -> dict[str, Any]:
+    """The whole table; read once."""
+    if not _loaded:
+        text = files(__package__).joinpath("launch_table.json").read_text()
+        _loaded.update(json.loads(text))
+    return dict(_loaded)
+
+
+def replace_table(other: dict[str, Any]) -> None:
+    """Use another one in this process: for measuring candidates."""
+    _loaded.clear()
+    _loaded.update(other)
 
 
 def settings(operator: str, rows: int) -> Settings:
@@ -25,5 +32,5 @@ def settings(operator: str, rows: int) -> Settings:
     Raises:
         KeyError: the table has no such operator.
     """
-    lines: list[tuple[int, Settings]] = _table()[operator]
+    lines: list[tuple[int, Settings]] = table()[operator]
     return next((found for most, found in lines if rows <= most), lines[-1][1])

@@ -147,7 +147,7 @@ def test_a_block_of_the_document_is_replaced():
 def test_batches_reach_every_row_of_the_launch_tables(monkeypatch):
     for operator in ("topk_encode", "sparse_decode", "edit_change"):
         reached = {json.dumps(launch_table.settings(operator, rows)) for rows in BATCHES}
-        assert reached == {json.dumps(line) for _, line in launch_table._table()[operator]}
+        assert reached == {json.dumps(line) for _, line in launch_table.table()[operator]}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert {encode_launch.encode_config(rows, False).stages for rows in BATCHES} == {2}
 
