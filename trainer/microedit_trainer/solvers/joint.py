@@ -17,7 +17,14 @@ from microedit_kernels.topk_encode import pre_acts
 from microedit_trainer.language_model import Progress
 from microedit_trainer.solvers.problem import EditProblem, Solution
 from microedit_trainer.solvers.resume import TargetStore
-from microedit_trainer.solvers.ridge import Term, solve_ridge, strongest_rows
+from microedit_trainer.solvers.ridge import (
+    CHUNK,
+    Encode,
+    Term,
+    ridge_system,
+    strongest_rows,
+    survey,
+)
 from microedit_trainer.solvers.targets import TargetSettings, solve_targets
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
@@ -94,61 +101,64 @@ class JointSolver:
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:
         sae, prompts = problem.sae, _prompts(problem)
-        z = torch.cat([p.z[p.identifying] for p in prompts]).float()
-        top_acts, top_indices = sae.encode(z)
-        wanted = z - sae.decode(top_acts, top_indices)
-        shared = torch.cat([p.z[p.shared] for p in prompts]).float()
-        unchanged = torch.cat([problem.ordinary, shared])
-        return self._solve(
-            self.scoring,
-            _dense(top_acts, top_indices, sae),
-            wanted,
-            _dense(*sae.encode(unchanged), sae),
-            len(problem.facts),
-        )
+        z = torch.cat([p.z[p.identifying] for p in prompts])
+        wanted = torch.cat([_missing(sae, part) for part in z.split(CHUNK)])
+        shared = torch.cat([p.z[p.shared] for p in prompts])
+
+        def encode(part: Tensor) -> Tensor:
+            return _dense(*sae.encode(part), sae)
+
+        terms = [
+            Term(z, wanted, 1.0),
+            *(
+                Term(unchanged, None, self.scoring.unchanged_weight)
+                for unchanged in (problem.ordinary, shared)
+            ),
+        ]
+        return self._solve(self.scoring, encode, terms, len(problem.facts))[0]
 
     def _edit_change(
         self, problem: EditProblem, deltas: Sequence[Tensor]
     ) -> tuple[DecoderChange, float, int]:
         """The change, θ, and how many latents the least active edited token keeps."""
         sae = problem.sae
-        z = torch.cat([p.z[p.edited] for p in _prompts(problem)]).float()
-        pre = pre_acts(z, sae.W_enc, sae.b_enc, sae.b_dec)
+        z = torch.cat([p.z[p.edited] for p in _prompts(problem)])
         latents = min(self.latents_per_k * sae.k, sae.num_latents // 2)
-        theta = max(0.0, float(pre.topk(latents, dim=-1).values[:, -1].min()))
-        codes = threshold_acts(pre, theta)
-        ordinary = threshold_acts(
-            pre_acts(problem.ordinary, sae.W_enc, sae.b_enc, sae.b_dec), theta
+
+        def pre(part: Tensor) -> Tensor:
+            return pre_acts(part, sae.W_enc, sae.b_enc, sae.b_dec)
+
+        lasts = [pre(part).topk(latents, dim=-1).values[:, -1].min() for part in z.split(CHUNK)]
+        theta = max(0.0, float(torch.stack(lasts).min()))
+        terms = [
+            Term(z, torch.cat(list(deltas)), 1.0),
+            Term(problem.ordinary, None, self.edit.unchanged_weight),
+        ]
+        change, least = self._solve(
+            self.edit, lambda part: threshold_acts(pre(part), theta), terms, len(problem.facts)
         )
-        wanted = torch.cat(list(deltas))
-        change = self._solve(self.edit, codes, wanted, ordinary, len(problem.facts))
-        return change, theta, int((codes > 0).sum(1).min())
+        return change, theta, least
 
     def _solve(
-        self,
-        settings: RidgeSettings,
-        codes: Tensor,
-        wanted: Tensor,
-        unchanged: Tensor,
-        facts: int,
-    ) -> DecoderChange:
-        """Ridge on all active rows, then again on the strongest within the budget."""
-        ridge = settings.ridge * float(codes.square().sum(1).mean())
-        nothing = wanted.new_zeros(len(unchanged), wanted.shape[1])
+        self, settings: RidgeSettings, encode: Encode, terms: Sequence[Term], facts: int
+    ) -> tuple[DecoderChange, int]:
+        """Ridge on all active rows, then again on the strongest within the budget.
 
-        def solve_on(rows: Tensor) -> Tensor:
-            terms = [
-                Term(codes[:, rows], wanted, 1.0),
-                Term(unchanged[:, rows], nothing, settings.unchanged_weight),
-            ]
-            return solve_ridge(terms, ridge)
+        Args:
+            terms: the edited tokens, then those that shall not change.
 
-        rows = (codes > 0).any(0).nonzero()[:, 0]
-        change = solve_on(rows)
+        Returns:
+            The change, and how many latents the least active edited token has.
+        """
+        found = survey(encode, terms[0])
+        ridge = settings.ridge * found.mean_square
+        rows = found.active
+        system = ridge_system(encode, terms, rows)
+        change = system.solve(ridge)
         if len(rows) > self.budget(facts):
-            rows = rows[strongest_rows(change, codes[:, rows], self.budget(facts))]
-            change = solve_on(rows)
-        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu())
+            kept = strongest_rows(change, found.rms[rows], self.budget(facts))
+            rows, change = rows[kept], system.solve(ridge, kept)
+        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu()), found.least
 
 
 def _prompts(problem: EditProblem) -> list[StoredPrompt]:
@@ -160,3 +170,8 @@ def _prompts(problem: EditProblem) -> list[StoredPrompt]:
 def _dense(top_acts: Tensor, top_indices: Tensor, sae: SparseAutoencoder) -> Tensor:
     codes = top_acts.new_zeros(len(top_acts), sae.num_latents)
     return codes.scatter_(1, top_indices, top_acts)
+
+
+def _missing(sae: SparseAutoencoder, z: Tensor) -> Tensor:
+    """What the unedited decoder fails to reconstruct: z − ẑ₀, [N, d] fp32."""
+    return z.float() - sae.decode(*sae.encode(z))
