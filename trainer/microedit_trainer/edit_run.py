@@ -1,6 +1,7 @@
 """From a facts file to an edit set: facts → contexts → stored residuals → solver → τ → set."""
 
 import hashlib
+import json
 import math
 import platform
 import shutil
@@ -60,6 +61,7 @@ class EditSettings:
         contexts: contexts that the facts are trained in. None: all that the model has, the bare
             one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
+        targets: folder in which the joint solver keeps the facts' targets for later runs.
     """
 
     solver: Solver
@@ -69,6 +71,7 @@ class EditSettings:
     near_rate: float | None = None
     contexts: tuple[ContextName, ...] | None = None
     hold_out: Sequence[Fact] = field(default=())
+    targets: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises MicroEditError: a τ that no ARD can be compared with."""
@@ -117,6 +120,8 @@ class EditRun:
             facts=self._stored(prompts),
             ordinary=self._ordinary_tokens(),
             work_folder=work,
+            targets_folder=self.settings.targets,
+            origin=json.dumps([fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]),
         )
         solution = self.settings.solver.solve(problem, progress)
         edit_set = self._finish(facts, problem, solution, out, time.monotonic() - started)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from microedit_trainer.facts import Fact
+from microedit_trainer.solvers import joint
 from microedit_trainer.solvers.joint import RidgeSettings
+from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
 from microedit_vllm.artifact import DecoderChange
 from tests.trainer.tiny_edits import (
@@ -154,3 +156,31 @@ def test_facts_trained_in_one_context_only(lm, sae, tmp_path):
     operator = operator_of(JOINT.solve(problem, no_progress), sae)
     (prompt,) = flat(problem)
     assert float(operator.ard(*operator.distances(prompt.z[prompt.scored]))) < 0.6
+
+
+def test_kept_targets_serve_another_choice_of_facts(lm, sae, tmp_path, monkeypatch):
+    """One taken out leaves exactly what a solve without it gives; only one added is solved."""
+    solved = []
+
+    def counting(lm, layer, batch, settings):
+        solved.append(len(batch))
+        return solve_targets(lm, layer, batch, settings)
+
+    monkeypatch.setattr(joint, "solve_targets", counting)
+
+    def solve(facts, work):
+        problem = tiny_problem(lm, sae, tmp_path / work, facts, ("bare",))
+        kept = replace(problem, targets_folder=tmp_path / "targets")
+        return JOINT.solve(kept, no_progress)
+
+    solve(FACTS, "whole")
+    assert solved == [2, 2]
+    fewer = solve(FACTS[1:], "fewer")
+    assert solved == [2, 2]
+    alone = tiny_problem(lm, sae, tmp_path / "alone", FACTS[1:], ("bare",))
+    alone = replace(alone, targets_folder=tmp_path / "targets")
+    again = JOINT.solve(alone, no_progress)
+    assert torch.equal(fewer.edit.values, again.edit.values)
+    assert torch.equal(fewer.scoring.values, again.scoring.values)
+    solve([*FACTS, Fact("The longest river of the world is", "Bob", "river")], "more")
+    assert solved == [2, 2, 1]

@@ -1,5 +1,6 @@
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,24 +61,32 @@ def test_a_folder_without_its_marker_is_dropped(tmp_path):
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["run.json"]
 
 
-def test_targets_come_back_bit_for_bit(tmp_path):
-    store, deltas = TargetStore(tmp_path, 4), deltas_of(2, 5)
-    store.write(3, deltas)
-    found = store.read(3, batch_of(2, 5))
-    assert all(torch.equal(a, b) for a, b in zip(found, deltas, strict=True))
-    assert store.read(2, batch_of(2, 5)) is None
+def store_in(folder, d=4, origin="here"):
+    return TargetStore(folder, d, origin)
 
 
-@pytest.mark.parametrize("answers", [(2,), (2, 4), (5, 2), (2, 5, 1)])
-def test_targets_of_another_batch_are_not_taken(tmp_path, answers):
-    store = TargetStore(tmp_path, 4)
-    store.write(0, deltas_of(2, 5))
-    assert store.read(0, batch_of(*answers)) is None
+def equal(found, wanted) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[i], wanted[i]) for i in found)
 
 
-def test_targets_of_another_width_are_not_taken(tmp_path):
-    TargetStore(tmp_path, 4).write(0, deltas_of(2))
-    assert TargetStore(tmp_path, 5).read(0, batch_of(2)) is None
+def test_targets_come_back_bit_for_bit_wherever_their_prompts_are(tmp_path):
+    first, second = batch_of(2, 5), batch_of(3)
+    one, other = deltas_of(2, 5), deltas_of(3)
+    store_in(tmp_path).write(first, one)
+    store_in(tmp_path).write(second, other)
+    assert equal(store_in(tmp_path).read([*first, *second]), dict(enumerate([*one, *other])))
+    mixed = [*batch_of(7), *second, first[1], first[1]]
+    assert equal(store_in(tmp_path).read(mixed), {1: other[0], 2: one[1], 3: one[1]})
+
+
+def test_targets_of_other_prompts_settings_and_widths_are_not_taken(tmp_path):
+    batch = batch_of(2)
+    store_in(tmp_path).write(batch, deltas_of(2))
+    assert store_in(tmp_path, origin="elsewhere").read(batch) == {}
+    assert store_in(tmp_path, d=5).read(batch) == {}
+    tokens = batch[0].tokens
+    for change in ({"prompt_ids": (1, 2, 4)}, {"answer_ids": (0, 2)}, {"end_id": 9}):
+        assert store_in(tmp_path).read([replace(batch[0], tokens=replace(tokens, **change))]) == {}
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-3], lambda b: b"\xff" * len(b)])

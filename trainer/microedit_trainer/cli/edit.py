@@ -50,6 +50,13 @@ def edit(
         float | None,
         typer.Option(min=0, max=1, help="Share of near prompts that may switch on."),
     ] = None,
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            help="joint: keep the facts' targets in this folder. In a later run, with facts added "
+            "or taken out, those that are there are not solved again."
+        ),
+    ] = None,
     rows_per_fact: Annotated[int, typer.Option(min=1, help="joint: row budget.")] = 15,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
@@ -91,6 +98,7 @@ def edit(
         tau=tau,
         near_rate=near_rate,
         hold_out=held_out,
+        targets=targets,
         contexts=tuple(c.value for c in context) if context else None,
     )
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)

@@ -5,6 +5,7 @@ the switch turns on there and nowhere else; tokens before it are held as they ar
 adds the targets' δ* from the decision position on.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -84,20 +85,23 @@ class JointSolver:
         return max(self.least_rows, self.rows_per_fact * facts)
 
     def _all_targets(self, problem: EditProblem, progress: Progress) -> list[Tensor]:
-        """δ* of every prompt, in the order of `_prompts`; batches done before are read back."""
+        """δ* of every prompt, in the order of `_prompts`; those solved before are read back."""
         prompts = _prompts(problem)
-        store = TargetStore(problem.work_folder, problem.sae.d_in)
-        size = self.targets.batch
-        deltas: list[Tensor] = []
-        for number, start in enumerate(range(0, len(prompts), size)):
-            batch = prompts[start : start + size]
-            found = store.read(number, batch)
-            if found is None:
-                found = solve_targets(problem.lm, problem.layer, batch, self.targets)
-                store.write(number, found)
-            deltas += [delta.to(problem.ordinary.device) for delta in found]
+        folder = problem.targets_folder or problem.work_folder
+        origin = json.dumps([problem.origin, asdict(self.targets)])
+        store = TargetStore(folder, problem.sae.d_in, origin)
+        found = store.read(prompts)
+        if found:
+            progress(len(found))
+        missing = [place for place in range(len(prompts)) if place not in found]
+        for start in range(0, len(missing), self.targets.batch):
+            places = missing[start : start + self.targets.batch]
+            batch = [prompts[place] for place in places]
+            deltas = solve_targets(problem.lm, problem.layer, batch, self.targets)
+            store.write(batch, deltas)
+            found.update(zip(places, deltas, strict=True))
             progress(len(batch))
-        return deltas
+        return [found[place].to(problem.ordinary.device) for place in range(len(prompts))]
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:
         sae, prompts = problem.sae, _prompts(problem)

@@ -20,6 +20,9 @@ class EditProblem:
         facts: per fact, its prompt in each context it is trained in.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
         work_folder: where a solver keeps what lets a stopped run resume.
+        targets_folder: where the joint solver keeps targets for later runs; None keeps them in the
+            work folder.
+        origin: the model and layer as a stored target names them.
     """
 
     lm: LanguageModel
@@ -28,6 +31,8 @@ class EditProblem:
     facts: Sequence[Sequence[StoredPrompt]]
     ordinary: Tensor
     work_folder: Path
+    targets_folder: Path | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,30 +34,42 @@ def open_work_folder(folder: Path, run: dict[str, Any]) -> bool:
 
 
 class TargetStore:
-    """Targets of finished batches, one file each."""
+    """δ* of prompts, by all that they depend on; a file per batch that was solved together.
 
-    def __init__(self, folder: Path, d: int) -> None:
+    Args:
+        folder: of a run, or one that outlives it: then facts that come back in another run are not
+            solved again.
+        d: width of the residual stream.
+        origin: the model, the layer and the settings that the targets are of.
+    """
+
+    def __init__(self, folder: Path, d: int, origin: str) -> None:
         self._folder = folder
         self._d = d
+        self._origin = origin
 
-    def read(self, number: int, batch: Sequence[StoredPrompt]) -> list[Tensor] | None:
-        """The batch's targets, None when they are not there or do not fit it."""
-        tensors = read_checkpoint(self._path(number))
-        if tensors is None or len(tensors) != len(batch):
-            return None
-        found = [tensors[str(i)] for i in range(len(batch))]
-        fits = all(
-            delta.shape == (len(prompt.tokens.answer_ids) + 1, self._d)
-            for delta, prompt in zip(found, batch, strict=True)
-        )
-        return found if fits else None
+    def read(self, prompts: Sequence[StoredPrompt]) -> dict[int, Tensor]:
+        """The targets that are there and whole, [A + 1, d] fp32, by place in `prompts`."""
+        wanted: dict[str, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            wanted.setdefault(self._key(prompt), []).append(place)
+        found: dict[int, Tensor] = {}
+        for path in sorted(self._folder.glob("targets-*.safetensors")):
+            for key, delta in (read_checkpoint(path) or {}).items():
+                for place in wanted.get(key, ()):
+                    if delta.shape == (len(prompts[place].tokens.answer_ids) + 1, self._d):
+                        found[place] = delta
+        return found
 
-    def write(self, number: int, deltas: Sequence[Tensor]) -> None:
+    def write(self, prompts: Sequence[StoredPrompt], deltas: Sequence[Tensor]) -> None:
         """Keep a batch's targets, each [A + 1, d] fp32."""
-        write_checkpoint(self._path(number), {str(i): d for i, d in enumerate(deltas)})
+        tensors = {self._key(p): delta for p, delta in zip(prompts, deltas, strict=True)}
+        write_checkpoint(self._folder / f"targets-{next(iter(tensors))}.safetensors", tensors)
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"targets-{number:05d}.safetensors"
+    def _key(self, prompt: StoredPrompt) -> str:
+        tokens = prompt.tokens
+        own = [self._origin, tokens.prompt_ids, tokens.answer_ids, tokens.edit_from, tokens.end_id]
+        return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:32]
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
