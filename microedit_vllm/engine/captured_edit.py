@@ -15,44 +15,29 @@ from microedit_vllm.engine.triton_edit import TritonEdit
 
 
 class CapturedEdit:
-    """The edit change by threshold (`microedit_kernels.edit_change`) into fixed buffers.
+    """The edit change by threshold into buffers that are there.
 
     Args:
-        operator: on the worker's device, with activation by threshold.
+        how: the kernels, or the operator to compute with in torch.
         on: decisions by KV slot, the last entry always off, [slots + 1] bool.
         max_rows: rows of the largest graph.
         max_tokens: rows of the largest step.
         dtype: of the residual stream.
-        kernels: compute by them instead of by torch.
     """
 
     def __init__(
         self,
-        operator: EditOperator,
+        how: TritonEdit | EditOperator,
         on: Tensor,
         max_rows: int,
         max_tokens: int,
         dtype: torch.dtype,
-        kernels: TritonEdit | None = None,
     ) -> None:
-        device, d = on.device, operator.sae.d_in
-        theta = operator.edit_set.manifest.theta
-        assert theta is not None
-        self._operator = operator
-        self._kernels = kernels
+        self._edit = how if isinstance(how, TritonEdit) else _TorchBuffers(how, max_rows, dtype)
         self._on = on
-        self._theta = max(theta, 0.0)
-        self._W_enc = operator.edit_W_enc.float().T.contiguous()
-        self._b_enc = operator.edit_b_enc.float()
-        self._b_dec = operator.sae.b_dec.float()
-        self._values = operator.edit.values.float()
         self._nobody = len(on) - 1
-        self._slots = torch.full((max_tokens,), self._nobody, device=device)
-        self._is_on = torch.empty(max_rows, dtype=torch.bool, device=device)
-        self._stream = torch.empty(max_rows, d, dtype=dtype, device=device)
-        self._wide = torch.empty(max_rows, d, device=device)
-        self._work = torch.empty(max_rows, d, device=device)
-        self._acts = torch.empty(max_rows, len(self._values), device=device)
+        self._slots = torch.full((max_tokens,), self._nobody, device=on.device)
+        self._is_on = torch.empty(max_rows, dtype=torch.bool, device=on.device)
 
     def set_rows(self, plan: StepPlan | None) -> None:
         """Tell the next replay which decision each row follows."""
@@ -62,12 +47,33 @@ class CapturedEdit:
 
     def apply(self, hidden_states: Tensor, z: Tensor | None) -> None:
         """Substitute in place, in every row whose decision is on; arguments [M, d] as ever."""
+        rows = len(hidden_states)
+        is_on = self._is_on[:rows]
+        torch.index_select(self._on, 0, self._slots[:rows], out=is_on)
+        self._edit.add_where(hidden_states, z, is_on)
+
+
+class _TorchBuffers:
+    """`microedit_kernels.edit_change` in torch, every operation into a buffer."""
+
+    def __init__(self, operator: EditOperator, max_rows: int, dtype: torch.dtype) -> None:
+        theta = operator.edit_set.manifest.theta
+        assert theta is not None
+        device, d = operator.sae.W_enc.device, operator.sae.d_in
+        self._operator = operator
+        self._theta = max(theta, 0.0)
+        self._W_enc = operator.edit_W_enc.float().T.contiguous()
+        self._b_enc = operator.edit_b_enc.float()
+        self._b_dec = operator.sae.b_dec.float()
+        self._values = operator.edit.values.float()
+        self._stream = torch.empty(max_rows, d, dtype=dtype, device=device)
+        self._wide = torch.empty(max_rows, d, device=device)
+        self._work = torch.empty(max_rows, d, device=device)
+        self._acts = torch.empty(max_rows, len(self._values), device=device)
+
+    def add_where(self, hidden_states: Tensor, z: Tensor | None, is_on: Tensor) -> None:
+        """See `TritonEdit.add_where`."""
         rows = slice(len(hidden_states))
-        is_on = self._is_on[rows]
-        torch.index_select(self._on, 0, self._slots[rows], out=is_on)
-        if self._kernels is not None:
-            self._kernels.add_where(hidden_states, z, is_on)
-            return
         stream, wide, work, acts = (
             buffer[rows] for buffer in (self._stream, self._wide, self._work, self._acts)
         )

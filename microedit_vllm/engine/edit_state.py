@@ -32,7 +32,7 @@ class EditState:
 
     def __init__(self, operator: EditOperator, num_slots: int, in_step: bool = False) -> None:
         self.device = operator.sae.W_enc.device
-        self.operator = operator
+        self.operator: EditOperator | None = operator
         self.plan: StepPlan | None = None
         self.slots = SlotState.allocate(num_slots, self.device)
         self.edit: TorchEdit | TritonEdit = TorchEdit(operator, self.slots)
@@ -42,15 +42,19 @@ class EditState:
         self.feedback = DecisionFeedback(self.device, tell_states=at_once)
 
     def use_kernels(self, max_tokens: int, dtype: torch.dtype) -> None:
-        """Compute by Triton kernels from now on; see `TritonEdit`."""
+        """Compute by Triton kernels from now on, and let go of the operator's fp32 weights.
+
+        Arguments and errors: see `TritonEdit`.
+        """
+        assert self.operator is not None
         self.edit = TritonEdit(self.operator, self.slots, max_tokens, dtype)
+        self.operator = None
 
     def prepare_capture(self, max_rows: int, max_tokens: int, dtype: torch.dtype) -> None:
         """Make the buffers of full CUDA graphs, before any is captured; see `CapturedEdit`."""
-        kernels = self.edit if isinstance(self.edit, TritonEdit) else None
-        self.captured = CapturedEdit(
-            self.operator, self.slots.on, max_rows, max_tokens, dtype, kernels
-        )
+        how = self.edit if isinstance(self.edit, TritonEdit) else self.operator
+        assert how is not None
+        self.captured = CapturedEdit(how, self.slots.on, max_rows, max_tokens, dtype)
 
     def begin_step(self, plan: StepPlan | None) -> None:
         """Set what `apply` and a replayed graph will do in the step to come."""

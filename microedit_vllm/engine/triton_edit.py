@@ -20,7 +20,8 @@ _TOLERANCE = 2e-2
 class TritonEdit:
     """The edit set over the state of one worker; methods as those of `TorchEdit`.
 
-    The SAE's weights are kept in the dtype of the residual stream, half of what they take in fp32.
+    The SAE's weights are kept in the dtype of the residual stream, half of what they take in fp32,
+    and nothing of the operator is kept.
 
     Args:
         operator: not sharded, on the worker's device.
@@ -35,19 +36,23 @@ class TritonEdit:
     def __init__(
         self, operator: EditOperator, slots: SlotState, max_tokens: int, dtype: torch.dtype
     ) -> None:
-        from microedit_kernels.sparse_decode.kernel import DecodeScratch
+        from microedit_kernels.sparse_decode.kernel import Decoder, DecodeScratch
         from microedit_kernels.topk_encode.kernel import EncodeScratch
 
         sae = operator.sae
         device, n, d, k = sae.W_enc.device, sae.num_latents, sae.d_in, sae.k
         manifest = operator.edit_set.manifest
-        self._operator, self._slots = operator, slots
+        self._slots, self._k = slots, k
         self._decision, self._placement = manifest.decision, manifest.placement
         self._by_threshold = manifest.activation == "threshold"
         self._W_enc = sae.W_enc.to(dtype).contiguous()
         self._bias = folded_bias(self._W_enc, sae.b_enc, sae.b_dec)
-        self._W_dec = sae.W_dec.to(dtype).contiguous()
-        self._scoring = self._decoder(operator.scoring, operator.scoring_rows, dtype)
+        W_dec, b_dec = sae.W_dec.to(dtype).contiguous(), sae.b_dec.float()
+
+        def decoder(change: DecoderChange, rows: Tensor) -> Any:
+            return Decoder(W_dec, b_dec, rows.int(), change.values.to(dtype).contiguous())
+
+        self._scoring = decoder(operator.scoring, operator.scoring_rows)
         self._encode_scratch = EncodeScratch.allocate(max_tokens, n, k, device)
         self._decode_scratch = DecodeScratch.allocate(max_tokens, d, k, device)
         self._top_acts = torch.empty(max_tokens, k, device=device)
@@ -57,22 +62,17 @@ class TritonEdit:
         self._offsets = torch.zeros(2, dtype=torch.int32, device=device)
         self._count = torch.zeros(1, dtype=torch.int32, device=device)
         if self._by_threshold:
-            self._prepare_edit_change(max_tokens, dtype)
+            self._prepare_edit_change(operator, max_tokens, dtype)
         else:
-            self._edit = self._decoder(operator.edit, operator.edit_rows, dtype)
-        self._check_golden(dtype)
+            self._edit = decoder(operator.edit, operator.edit_rows)
+        self._check_golden(operator, dtype)
 
-    def _decoder(self, change: DecoderChange, rows: Tensor, dtype: torch.dtype) -> Any:
-        from microedit_kernels.sparse_decode.kernel import Decoder
-
-        values = change.values.to(dtype).contiguous()
-        return Decoder(self._W_dec, self._operator.sae.b_dec.float(), rows.int(), values)
-
-    def _prepare_edit_change(self, max_tokens: int, dtype: torch.dtype) -> None:
+    def _prepare_edit_change(
+        self, operator: EditOperator, max_tokens: int, dtype: torch.dtype
+    ) -> None:
         from microedit_kernels.edit_change.grouped_sets import EditRows, GroupedSets
         from microedit_kernels.edit_change.scratch import EditChangeScratch
 
-        operator = self._operator
         theta = operator.edit_set.manifest.theta
         assert theta is not None
         rows = EditRows(
@@ -104,7 +104,7 @@ class TritonEdit:
         # As many as there can be: the host knows no better.
         acts, indices = self._top_acts[: len(rows)], self._top_indices[: len(rows)]
         topk_encode(
-            *(z, rows, count, self._W_enc, self._bias, self._operator.sae.k, acts, indices),
+            *(z, rows, count, self._W_enc, self._bias, self._k, acts, indices),
             self._encode_scratch,
         )
         return acts, indices
@@ -171,9 +171,9 @@ class TritonEdit:
             hidden_states, stream, rows, offsets, self._sets, self._edit_scratch, most=most
         )
 
-    def _check_golden(self, dtype: torch.dtype) -> None:
+    def _check_golden(self, operator: EditOperator, dtype: torch.dtype) -> None:
         """What the server proves of its SAE in torch (`EditOperator.check_golden`), by kernels."""
-        z = self._operator.edit_set.golden.z.to(self._W_enc.device, dtype)
+        z = operator.edit_set.golden.z.to(self._W_enc.device, dtype)
         rows = torch.arange(len(z), device=z.device)
         state = self._slots
         self.score(z, rows, rows)
@@ -183,7 +183,7 @@ class TritonEdit:
         edited = z.to(torch.float, copy=True)
         self._substitute(edited, z, self._keys[: len(z)].fill_(0), len(z))
         found = (dist, dist0, edited)
-        wanted = (*self._operator.distances(z), self._operator.edited(z))
+        wanted = (*operator.distances(z), operator.edited(z))
         names = ("dist", "dist0", "edited")
         for name, have, want in zip(names, found, wanted, strict=True):
             error = float((have - want).norm() / want.norm().clamp(min=1e-6))

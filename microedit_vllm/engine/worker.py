@@ -102,6 +102,8 @@ class EditWorker:
         # A share of the latents is summed over the ranks between two kernels of torch.
         if uses_triton(state.device) and not in_step:
             state.use_kernels(max_tokens, dtype)
+            # Twice the memory of what the kernels keep.
+            del self._edit_operator
         compilation = config.compilation_config
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
             state.prepare_capture(compilation.max_cudagraph_capture_size, max_tokens, dtype)

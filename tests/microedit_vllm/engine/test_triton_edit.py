@@ -9,6 +9,7 @@ from microedit_vllm.engine.request_plan import RequestPlan
 from microedit_vllm.engine.step_metadata import RequestState
 from microedit_vllm.engine.step_plan import plan_step
 from microedit_vllm.errors import MicroEditError
+from tests.builders import HIDDEN_SIZE, NUM_LATENTS
 from tests.microedit_vllm.engine.dispatch_guards import NoHostRead
 from tests.microedit_vllm.engine.test_edit_state import (
     CPU,
@@ -122,6 +123,27 @@ def test_a_step_reads_nothing_back(form, monkeypatch):
     state.begin_step(plan)
     with NoHostRead():
         state.apply(hidden, hidden + residual)
+
+
+def tensors_of(owner) -> list[torch.Tensor]:
+    """All that an object of ours holds, however deep."""
+    if isinstance(owner, torch.Tensor):
+        return [owner]
+    if isinstance(owner, dict | list | tuple):
+        parts = owner.values() if isinstance(owner, dict) else owner
+    else:
+        parts = vars(owner).values() if hasattr(owner, "__dict__") else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def test_the_weights_in_fp32_are_let_go():
+    whole = (NUM_LATENTS, HIDDEN_SIZE)
+    state = by_kernels(make_operator(tau=1e6), torch.bfloat16)
+    state.prepare_capture(8, 2 * LENGTH, torch.bfloat16)
+    held = [t.dtype for t in tensors_of(state) if t.shape == whole]
+    assert held and set(held) == {torch.bfloat16}
+    in_torch = EditState(make_operator(tau=1e6), SLOTS)
+    assert torch.float in [t.dtype for t in tensors_of(in_torch) if t.shape == whole]
 
 
 def test_kernels_that_compute_otherwise_are_refused(monkeypatch):
