@@ -176,7 +176,7 @@ def measure(
         MicroEditError: a request was off.
     """
     clock = StepClock(llm)
-    sides = operators(clock.state.operator)
+    sides = operators(clock.state.edit.operator)
     steps = []
     for _ in range(repeats):
         for activation in sides:

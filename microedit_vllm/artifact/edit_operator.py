@@ -51,6 +51,10 @@ class EditOperator:
             sae.b_enc[edit.indices],
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.sae.W_enc.device
+
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 7: [..., d] → top_acts [..., k] fp32, top_indices [..., k] int64."""
         return self.sae.encode(z)

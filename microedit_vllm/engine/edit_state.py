@@ -22,7 +22,7 @@ class EditState:
     """The edit set on one worker, with its state per KV slot.
 
     Args:
-        operator: on the worker's device.
+        how: the kernels, or the operator to compute with in torch; on the worker's device.
         num_slots: slots of the KV cache group that the state follows.
         in_step: whether other ranks must do the same in the same step.
     """
@@ -30,31 +30,27 @@ class EditState:
     # What full CUDA graphs hold; None where there are none.
     captured: CapturedEdit | None = None
 
-    def __init__(self, operator: EditOperator, num_slots: int, in_step: bool = False) -> None:
-        self.device = operator.sae.W_enc.device
-        self.operator: EditOperator | None = operator
+    def __init__(
+        self, how: EditOperator | TritonEdit, num_slots: int, in_step: bool = False
+    ) -> None:
+        self._how = how
+        self.device = how.device
         self.plan: StepPlan | None = None
         self.slots = SlotState.allocate(num_slots, self.device)
-        self.edit: TorchEdit | TritonEdit = TorchEdit(operator, self.slots)
+        self.edit: TorchEdit | TritonEdit
+        if isinstance(how, TritonEdit):
+            how.attach(self.slots)
+            self.edit = how
+        else:
+            self.edit = TorchEdit(how, self.slots)
         self.records = DecisionRecords(self.device)
         # On the CPU a decision is known in its own step, on every rank.
         at_once = self.device.type == "cpu" or not in_step
         self.feedback = DecisionFeedback(self.device, tell_states=at_once)
 
-    def use_kernels(self, max_tokens: int, dtype: torch.dtype) -> None:
-        """Compute by Triton kernels from now on, and let go of the operator's fp32 weights.
-
-        Arguments and errors: see `TritonEdit`.
-        """
-        assert self.operator is not None
-        self.edit = TritonEdit(self.operator, self.slots, max_tokens, dtype)
-        self.operator = None
-
     def prepare_capture(self, max_rows: int, max_tokens: int, dtype: torch.dtype) -> None:
         """Make the buffers of full CUDA graphs, before any is captured; see `CapturedEdit`."""
-        how = self.edit if isinstance(self.edit, TritonEdit) else self.operator
-        assert how is not None
-        self.captured = CapturedEdit(how, self.slots.on, max_rows, max_tokens, dtype)
+        self.captured = CapturedEdit(self._how, self.slots.on, max_rows, max_tokens, dtype)
 
     def begin_step(self, plan: StepPlan | None) -> None:
         """Set what `apply` and a replayed graph will do in the step to come."""

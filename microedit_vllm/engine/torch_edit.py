@@ -16,7 +16,7 @@ class TorchEdit:
     """
 
     def __init__(self, operator: EditOperator, slots: SlotState) -> None:
-        self._operator = operator
+        self.operator = operator
         self._slots = slots
         # Looking at a decision costs nothing on the CPU; on a device it would stall the step.
         self._may_look = slots.on.device.type == "cpu"
@@ -29,10 +29,10 @@ class TorchEdit:
             rows, slots: which rows, and where their distances go, two [S] int64.
         """
         scored = z[rows]
-        dist, dist0 = self._operator.distances(scored)
+        dist, dist0 = self.operator.distances(scored)
         self._slots.dist[slots] = dist
         self._slots.dist0[slots] = dist0
-        max_norm = self._operator.edit_set.manifest.decision.max_norm
+        max_norm = self.operator.edit_set.manifest.decision.max_norm
         self._slots.counts[slots] = scored.float().norm(dim=-1) <= max_norm
 
     def decide(
@@ -50,8 +50,8 @@ class TorchEdit:
         """
         slots = self._slots
         counted = slots.counts[window_slots] & in_window
-        ards = self._operator.ards(slots.dist[window_slots], slots.dist0[window_slots], counted)
-        on = self._operator.is_on(ards)
+        ards = self.operator.ards(slots.dist[window_slots], slots.dist0[window_slots], counted)
+        on = self.operator.is_on(ards)
         slots.on[decide_slots] = on
         return ards, on
 
@@ -70,7 +70,7 @@ class TorchEdit:
             rows, on = rows[on], on[on]
             if not len(rows):
                 return
-        target = self._operator.edited((hidden_states if z is None else z)[rows])
+        target = self.operator.edited((hidden_states if z is None else z)[rows])
         if z is not None:
             # The residual is out of reach (`layer_patch`), so its share comes off.
             target = hidden_states[rows] + (target - z[rows])

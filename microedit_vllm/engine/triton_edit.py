@@ -23,9 +23,11 @@ class TritonEdit:
     The SAE's weights are kept in the dtype of the residual stream, half of what they take in fp32,
     and nothing of the operator is kept.
 
+    Made with the model, before vLLM measures what memory is left for the KV cache; `attach` gives
+    it the state beside that cache.
+
     Args:
         operator: not sharded, on the worker's device.
-        slots: read and written.
         max_tokens: rows of the largest step.
         dtype: of the residual stream.
 
@@ -33,16 +35,16 @@ class TritonEdit:
         MicroEditError: the kernels don't compute what torch computes on the golden activations.
     """
 
-    def __init__(
-        self, operator: EditOperator, slots: SlotState, max_tokens: int, dtype: torch.dtype
-    ) -> None:
+    _slots: SlotState
+
+    def __init__(self, operator: EditOperator, max_tokens: int, dtype: torch.dtype) -> None:
         from microedit_kernels.sparse_decode.kernel import Decoder, DecodeScratch
         from microedit_kernels.topk_encode.kernel import EncodeScratch
 
         sae = operator.sae
         device, n, d, k = sae.W_enc.device, sae.num_latents, sae.d_in, sae.k
         manifest = operator.edit_set.manifest
-        self._slots, self._k = slots, k
+        self.device, self._k = device, k
         self._decision, self._placement = manifest.decision, manifest.placement
         self._by_threshold = manifest.activation == "threshold"
         self._W_enc = sae.W_enc.to(dtype).contiguous()
@@ -84,6 +86,10 @@ class TritonEdit:
         )
         self._sets = GroupedSets.join([rows])
         self._edit_scratch = EditChangeScratch.allocate(max_tokens, self._sets)
+
+    def attach(self, slots: SlotState) -> None:
+        """Read and write this state from now on."""
+        self._slots = slots
 
     def score(self, z: Tensor, rows: Tensor, slots: Tensor) -> None:
         """See `TorchEdit.score`."""
@@ -173,16 +179,14 @@ class TritonEdit:
 
     def _check_golden(self, operator: EditOperator, dtype: torch.dtype) -> None:
         """What the server proves of its SAE in torch (`EditOperator.check_golden`), by kernels."""
-        z = operator.edit_set.golden.z.to(self._W_enc.device, dtype)
-        rows = torch.arange(len(z), device=z.device)
-        state = self._slots
+        z = operator.edit_set.golden.z.to(self.device, dtype)
+        state = SlotState.allocate(len(z), self.device)
+        self.attach(state)
+        rows = torch.arange(len(z), device=self.device)
         self.score(z, rows, rows)
-        dist, dist0 = (kept[: len(z)].clone() for kept in (state.dist, state.dist0))
-        for tensor in (state.dist, state.dist0, state.counts):
-            tensor.zero_()
         edited = z.to(torch.float, copy=True)
         self._substitute(edited, z, self._keys[: len(z)].fill_(0), len(z))
-        found = (dist, dist0, edited)
+        found = (state.dist, state.dist0, edited)
         wanted = (*operator.distances(z), operator.edited(z))
         names = ("dist", "dist0", "edited")
         for name, have, want in zip(names, found, wanted, strict=True):

@@ -6,6 +6,7 @@ so that the worker processes need no patching.
 
 from typing import Any
 
+import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -26,6 +27,7 @@ from microedit_vllm.engine.runner_v1 import V1RunnerAdapter
 from microedit_vllm.engine.runner_v2 import V2RunnerAdapter
 from microedit_vllm.engine.step_metadata import RequestState, RunnerAdapter, Step
 from microedit_vllm.engine.step_plan import plan_step, scores_or_decides
+from microedit_vllm.engine.triton_edit import TritonEdit
 from microedit_vllm.errors import MicroEditError
 
 _RESULTS = ModelRunnerOutput | AsyncModelRunnerOutput
@@ -52,7 +54,7 @@ class EditWorker:
 
     vllm_config: Any
     model_runner: Any
-    _edit_operator: EditOperator
+    _edit_how: EditOperator | TritonEdit
     _edit_state: EditState | None = None
 
     def load_model(self, **kwargs: Any) -> None:
@@ -70,7 +72,12 @@ class EditWorker:
             self.model_runner.get_model(), manifest.layer, manifest.model.num_layers
         )
         if self._edit_here:
-            self._edit_operator = load_operator(setting, self.model_runner.device)
+            operator = load_operator(setting, self.model_runner.device)
+            # A share of the latents is summed over the ranks between two kernels of torch.
+            kernels = uses_triton(operator.device) and type(operator) is EditOperator
+            self._edit_how = (
+                TritonEdit(operator, *self._edit_largest_step()) if kernels else operator
+            )
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Size the KV cache, then the state beside it, before any graph is captured.
@@ -91,22 +98,20 @@ class EditWorker:
             return V2RunnerAdapter(self.model_runner, self._edit_manifest)
         return V1RunnerAdapter(self.model_runner, self._edit_manifest)
 
+    def _edit_largest_step(self) -> tuple[int, torch.dtype]:
+        """Its rows, and the dtype of the residual stream."""
+        config = self.vllm_config
+        return config.scheduler_config.max_num_batched_tokens, config.model_config.dtype
+
     def _edit_make_state(self, slots: int) -> EditState:
         config = self.vllm_config
         in_step = config.parallel_config.tensor_parallel_size > 1
-        state = EditState(self._edit_operator, slots, in_step)
-        max_tokens, dtype = (
-            config.scheduler_config.max_num_batched_tokens,
-            config.model_config.dtype,
-        )
-        # A share of the latents is summed over the ranks between two kernels of torch.
-        if uses_triton(state.device) and not in_step:
-            state.use_kernels(max_tokens, dtype)
-            # Twice the memory of what the kernels keep.
-            del self._edit_operator
+        state = EditState(self._edit_how, slots, in_step)
         compilation = config.compilation_config
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
-            state.prepare_capture(compilation.max_cudagraph_capture_size, max_tokens, dtype)
+            state.prepare_capture(
+                compilation.max_cudagraph_capture_size, *self._edit_largest_step()
+            )
         return state
 
     def _edit_step(self, step: Step) -> bool:

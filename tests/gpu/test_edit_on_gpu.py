@@ -11,6 +11,7 @@ from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.request_plan import RequestPlan
 from microedit_vllm.engine.step_metadata import RequestState, Step, StepRequest
 from microedit_vllm.engine.step_plan import plan_step
+from microedit_vllm.engine.triton_edit import TritonEdit
 from tests.builders import tiny_edit_set, tiny_sae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -25,10 +26,9 @@ def make_state(tau: float, kernels: bool, **form) -> EditState:
     sae = tiny_sae(0, D, LATENTS, K)
     decision = Decision(statistic="relative", tau=tau, scope=Scope(last=None, run=8), max_norm=1e4)
     edit_set = tiny_edit_set(sae, decision=decision, **form)
-    state = EditState(EditOperator.build(edit_set, sae.to("cuda")), SLOTS)
-    if kernels:
-        state.use_kernels(2 * LENGTH, torch.bfloat16)
-    return state
+    operator = EditOperator.build(edit_set, sae.to("cuda"))
+    how = TritonEdit(operator, 2 * LENGTH, torch.bfloat16) if kernels else operator
+    return EditState(how, SLOTS)
 
 
 def streams(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

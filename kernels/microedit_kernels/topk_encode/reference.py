@@ -44,7 +44,9 @@ def folded_bias(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
     """b_enc − W_enc·b_dec, [n] fp32: the bias of z·W_enc where b_dec is subtracted from z."""
     if b_dec is None:
         return b_enc.float()
-    return (b_enc.double() - W_enc.double() @ b_dec.double()).float()
+    # In parts: a whole encoder in fp64 is four times what it takes in 16 bits.
+    products = [part.double() @ b_dec.double() for part in W_enc.split(4096)]
+    return (b_enc.double() - torch.cat(products)).float()
 
 
 def select_topk(acts: Tensor, k: int) -> tuple[Tensor, Tensor]:

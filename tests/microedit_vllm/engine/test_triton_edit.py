@@ -8,6 +8,7 @@ from microedit_vllm.engine.edit_state import EditState
 from microedit_vllm.engine.request_plan import RequestPlan
 from microedit_vllm.engine.step_metadata import RequestState
 from microedit_vllm.engine.step_plan import plan_step
+from microedit_vllm.engine.triton_edit import TritonEdit
 from microedit_vllm.errors import MicroEditError
 from tests.builders import HIDDEN_SIZE, NUM_LATENTS
 from tests.microedit_vllm.engine.dispatch_guards import NoHostRead
@@ -34,9 +35,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_kernels(operator, dtype=torch.float32) -> EditState:
-    state = EditState(operator, SLOTS)
-    state.use_kernels(2 * LENGTH, dtype)
-    return state
+    return EditState(TritonEdit(operator, 2 * LENGTH, dtype), SLOTS)
 
 
 @pytest.mark.parametrize("cuts", [[], [8], [2, 7, 15], list(range(1, LENGTH))])
