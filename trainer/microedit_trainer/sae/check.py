@@ -124,7 +124,7 @@ def judge(
     doubts = [
         f"FVU {found.fvu:.2f} on {name} is above {GOOD_FVU}"
         for name, found in sources.items()
-        if not found.fvu <= GOOD_FVU
+        if len(sources) > 1 and not found.fvu <= GOOD_FVU
     ]
     if whole.fvu > GOOD_FVU:
         doubts.insert(0, f"FVU {whole.fvu:.2f} is above {GOOD_FVU}")
