@@ -19,6 +19,16 @@ WEIGHTS = "sae.safetensors"
 CONFIG = "cfg.json"
 REPORT = "microedit_report.json"
 
+# sparsify's fields that change what an SAE computes. multi_topk does not: it is a training loss.
+_READ_AS = {
+    "activation": "topk",
+    "transcode": False,
+    "signed": False,
+    "skip_connection": False,
+    "embed_skip": False,
+    "gram_lookup": False,
+}
+
 
 @dataclass(frozen=True)
 class SparseAutoencoder:
@@ -94,7 +104,7 @@ class SparseAutoencoder:
         k, d = config.get("k"), config.get("d_in")
         if not isinstance(k, int) or not isinstance(d, int) or k < 1 or d < 1:
             raise MicroEditError(f"{folder / CONFIG} does not name k and d_in as positive numbers")
-        for name, wanted in (("activation", "topk"), ("transcode", False)):
+        for name, wanted in _READ_AS.items():
             if config.get(name, wanted) != wanted:
                 raise MicroEditError(
                     f"{folder / CONFIG}: {name} is {config[name]!r}; editing needs a Top-k SAE "

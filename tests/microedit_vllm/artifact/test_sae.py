@@ -95,6 +95,9 @@ def test_hostile_weights_are_refused(folder, changes, message):
     [
         ({"activation": "groupmax"}, "activation is 'groupmax'"),
         ({"transcode": True}, "transcode is True"),
+        ({"signed": True}, "signed is True"),
+        ({"skip_connection": True}, "skip_connection is True"),
+        ({"embed_skip": True}, "embed_skip is True"),
         ({"k": 0}, "positive numbers"),
         ({"k": "5"}, "positive numbers"),
         ({"k": 49}, "exceeds the 48 latents"),

@@ -1,26 +1,19 @@
-"""`microedit sae train`: train a sparse autoencoder on one layer of a model."""
+"""`microedit sae`: train a sparse autoencoder, or use one that was published."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from microedit_trainer.sae import Progress as Callback
+from microedit_trainer.cli.progress import stage_bars
+from microedit_trainer.cli.sae_published import check_command, import_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-STAGES = {
-    "sample": "sampling text",
-    "collect": "collecting activations",
-    "train": "training",
-}
+app.command("import")(import_command)
+app.command("check")(check_command)
 
 
 @app.callback()
@@ -71,33 +64,13 @@ def train(
     )
     language_model = LanguageModel.load(model, dtype)
     try:
-        with progress_bars() as progress:
+        with stage_bars() as progress:
             trained = train_sae(language_model, settings, out, not resume, progress)
     except KeyboardInterrupt:
         print("stopped; the same command resumes, with --fresh it starts over", file=sys.stderr)
         raise
     Console().print(report_table(trained.report))
     Console().print(f"{out}: {width:,} latents, k = {k}, layer {layer}", highlight=False)
-
-
-@contextmanager
-def progress_bars() -> Iterator["Callback"]:
-    """One bar for each stage that `train_sae` goes through."""
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
-    bars: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-
-        def advance(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in bars:
-                bars[stage] = shown.add_task(STAGES.get(stage, stage), note="", total=total)
-            shown.update(bars[stage], completed=done, note=note)
-
-        yield advance
 
 
 def report_table(report: dict[str, Any]) -> Table:

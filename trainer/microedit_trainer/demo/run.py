@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from microedit_trainer.cli.progress import counting
-from microedit_trainer.cli.sae import progress_bars
+from microedit_trainer.cli.progress import counting, stage_bars
 from microedit_trainer.demo.client import Answer, ask_all, tokens_per_second
 from microedit_trainer.demo.prompts import Kind, Question, demo_facts, demo_questions
 from microedit_trainer.demo.report import (
@@ -97,7 +96,7 @@ def _trained_sae(lm: LanguageModel, cache: Path) -> Path:
     described = json.dumps(asdict(SAE), sort_keys=True).encode()
     folder = cache / f"sae-{hashlib.sha256(described).hexdigest()[:12]}"
     if not folder.exists():
-        with progress_bars() as progress:
+        with stage_bars() as progress:
             train_sae(lm, SAE, folder, progress=progress)
     return folder
 

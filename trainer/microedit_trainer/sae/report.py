@@ -22,12 +22,14 @@ class Reconstruction:
         fvu: Σ‖ẑ − z‖² / Σ‖z − mean‖².
         mean_distance: ‖ẑ − z‖² per token, the unit of α in absolute ARD.
         active: [n] bool, latents that were active on some token.
+        l0: latents active per token, in the mean; k where no token has fewer.
     """
 
     tokens: int
     fvu: float
     mean_distance: float
     active: Tensor
+    l0: float
 
     @property
     def dead_share(self) -> float:
@@ -36,7 +38,7 @@ class Reconstruction:
 
 def measure(sae: SparseAutoencoder, rows: Tensor) -> Reconstruction:
     """Reconstruct rows [N, d], N ≥ 1, any dtype, with the SAE as it is served."""
-    distance, variance = 0.0, 0.0
+    distance, variance, count = 0.0, 0.0, 0
     active = torch.zeros(sae.num_latents, dtype=torch.bool, device=sae.W_enc.device)
     parts = rows.split(max(1, _ELEMENTS_AT_ONCE // sae.num_latents))
     mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(rows)
@@ -46,11 +48,13 @@ def measure(sae: SparseAutoencoder, rows: Tensor) -> Reconstruction:
         distance += float((sae.decode(top_acts, top_indices) - z).square().sum())
         variance += float((part.double() - mean).square().sum())
         active[top_indices[top_acts > 0]] = True
+        count += int((top_acts > 0).sum())
     return Reconstruction(
         tokens=len(rows),
         fvu=distance / variance if variance else float("nan"),
         mean_distance=distance / len(rows),
         active=active.cpu(),
+        l0=count / len(rows),
     )
 
 

@@ -47,7 +47,7 @@ def train_sae(
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
     model.check_layer(settings.layer)
-    _check_out(out)
+    check_out(out)
     run = _Run(model, settings, WorkFolder(out, settings, fingerprint_model(model.folder)))
     run.progress = progress or (lambda *_: None)
     run.work.open(fresh)
@@ -199,7 +199,12 @@ class _Run:
         }
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse to put an SAE in the place of something else.
+
+    Raises:
+        MicroEditError: `out` exists and is not an SAE folder.
+    """
     if out.exists() and not (out / CONFIG).is_file():
         raise MicroEditError(
             f"{out} exists and is not an SAE folder; name a new folder or remove it first"
