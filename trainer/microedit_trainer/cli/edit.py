@@ -34,7 +34,7 @@ class Position(StrEnum):
 def edit(
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
     sae: Annotated[Path, typer.Option(help="SAE folder (sparsify's format).")],
-    data: Annotated[Path, typer.Option(help="Facts file (JSON Lines).")],
+    data: Annotated[Path, typer.Option(help="Facts file: JSON Lines, a JSON array, or CSV.")],
     out: Annotated[Path, typer.Option(help="Folder of the edit set.")],
     solver: Annotated[SolverName, typer.Option(help="How to solve.")] = SolverName.joint,
     limit: Annotated[int | None, typer.Option(min=1, help="Edit the first N facts.")] = None,
