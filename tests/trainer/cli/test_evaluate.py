@@ -30,6 +30,9 @@ ISSUE_KEYS = {
     "fire_edit",
     "fire_para",
     "fire_loc",
+    "portability",
+    "ppl_before",
+    "ppl_after",
     "seconds_per_edit",
 }
 
@@ -87,6 +90,8 @@ def test_json_holds_every_figure_and_nothing_else(run, made):
     assert found["loc"] == 1.0
     assert found["fire_loc"] == 0.0
     assert found["seconds_per_edit"] > 0
+    assert 1 <= found["ppl_after"] < found["ppl_before"]
+    assert found["portability"] is None
     assert 0 <= found["gen"] <= 1
     assert 0 <= found["near"] <= 1
 
