@@ -39,10 +39,6 @@ def read_record(record: dict[str, Any], where: str, language: str | None = None)
     languages = _languages(record)
     if languages:
         record = _in_language(languages, language, where)
-    elif language is not None:
-        raise MicroEditError(
-            f"{where}: the record has no languages to choose {language!r} from; leave it out"
-        )
     fact = _fact(record, where)
     texts = [("prompt", fact.prompt), ("target", fact.target)]
     texts += [("paraphrase", paraphrase) for paraphrase in fact.paraphrases]

@@ -16,7 +16,7 @@ def read_facts(path: Path, limit: int | None = None, language: str | None = None
 
     Args:
         language: which side of a record in several languages is read ("de"); None: "en" where
-            there is one, else the first.
+            there is one, else the first. Records in one language are read as they are.
 
     Raises:
         MicroEditError: missing, neither JSON nor CSV (with the line's number), a record of an
