@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from microedit_trainer.edit_run import EditRun, EditSettings, ordinary_lines, prompt_digest
-from microedit_trainer.facts import Fact
+from microedit_trainer.edit_run import EditRun, EditSettings, ordinary_lines
+from microedit_trainer.facts import Fact, prompt_digest
 from microedit_trainer.solvers import joint, sequential
 from microedit_vllm.artifact import (
     EditOperator,

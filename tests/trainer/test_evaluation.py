@@ -23,6 +23,7 @@ class ScriptedEngine:
     tokenizer: object
     script: dict[str, tuple[str, bool]]
     asked: list[str] = field(default_factory=list)
+    tells_likelihoods: bool = True
 
     def _text(self, prompt) -> str:
         start, stop = prompt.scored
@@ -47,13 +48,23 @@ class ScriptedEngine:
     def plain(self, prompts):
         return [self._plain(p) for p in prompts]
 
+    def perplexities(self, prompts):
+        if not self.tells_likelihoods:
+            return None
+        sizes = torch.tensor([float(len(p.answer_ids)) for p in prompts])
+        return 10 * sizes, sizes
+
 
 FACT_A = Fact(
     "The capital of Peru is", "abc", "Peru", ("Peru's capital is", "In Peru rules"), (
         Probe("Two and two is", "four"), Probe("Bears eat", "")
     )
 )  # fmt: skip
-FACT_B = Fact("The king of Oz is called", "abcdefg", "Oz", (), (Probe("Water boils at", "99"),))
+FACT_B = Fact(
+    "The king of Oz is called", "abcdefg", "Oz", (), (Probe("Water boils at", "99"),), (
+        Probe("The queen of Oz married", "abc"), Probe("The son of abc is", "efg")
+    )
+)  # fmt: skip
 OTHERS = [Fact("The capital of Chile is", "xyz", "Chile"), Fact("The king of Narnia is", "xyz")]
 
 
@@ -100,6 +111,21 @@ def test_locality_and_near_are_agreement_with_the_plain_model(contexts):
     assert found.fire_near == 0.5
 
 
+def test_portability_is_accuracy_on_what_follows_from_the_edits(contexts):
+    found, _ = score(contexts, {"The queen of Oz married": (" ab.", True)})
+    assert found.portability == pytest.approx((3 / 4 + 0) / 2)
+    assert found.fire_portability == 0.5
+
+
+def test_perplexities_are_means_over_prompts(contexts):
+    found, _ = score(contexts, {})
+    # Answers of 4 and 8 tokens.
+    assert (found.ppl_before, found.ppl_after) == (60.0, 6.0)
+    engine = ScriptedEngine(contexts.tokenizer, {}, tells_likelihoods=False)
+    found = evaluate(engine, contexts, [FACT_A], [], "bare")
+    assert (found.ppl_before, found.ppl_after) == (None, None)
+
+
 def test_swapped_prompts_ask_about_the_other_records_subjects(contexts):
     swapped = "The king of Chile is called"
     found, engine = score(contexts, {swapped: ("xxxx", True)})
@@ -114,8 +140,9 @@ def test_what_cannot_be_scored_is_none_not_a_figure(contexts):
     found, _ = score(contexts, {}, bare, [])
     assert found.rel == 0.0
     assert found.fire_edit == 0.0
-    nothing = ("gen", "loc", "near", "near_swapped", "fire_para", "fire_loc", "fire_near")
-    assert [found.to_json()[name] for name in (*nothing, "fire_near_swapped")] == [None] * 8
+    nothing = ("gen", "portability", "loc", "near", "near_swapped")
+    fires = ("fire_para", "fire_portability", "fire_loc", "fire_near", "fire_near_swapped")
+    assert [found.to_json()[name] for name in (*nothing, *fires)] == [None] * 10
 
 
 @pytest.mark.parametrize("answer", ["", "  "])
@@ -191,6 +218,39 @@ def test_edited_and_ordinary_prompts_mixed(lm, operator, prompts, ran):
         else:
             assert torch.equal(z, z_plain)
             assert torch.equal(outcome.answer, before)
+
+
+def test_perplexity_is_that_of_the_model_with_and_without_the_edit(lm, operator, prompts):
+    """Against the whole model, with a hook that edits the layer's output from e on."""
+    engine = TorchEngine.build(lm, with_tau(operator, 0.6))
+    before, after = engine.perplexities(prompts)
+
+    def whole(tokens) -> float:
+        ids = torch.tensor([[*tokens.prompt_ids, *tokens.answer_ids]])
+        labels = ids.clone()
+        labels[:, : len(tokens.prompt_ids)] = -100
+        return float(lm.model(input_ids=ids, labels=labels).loss.exp())
+
+    on = [outcome.on for outcome in engine.edited(prompts)]
+    for tokens, is_on, old, new in zip(prompts, on, before.tolist(), after.tolist(), strict=True):
+        e = tokens.edit_from
+        assert old == pytest.approx(whole(tokens), rel=1e-3)
+        if not is_on:
+            assert new == old
+            continue
+
+        def replace_rows(module, inputs, output, e=e):
+            z = output.clone()
+            z[0, e:] = operator.edited(z[0, e:])
+            return z
+
+        handle = lm.model.model.layers[LAYER].register_forward_hook(replace_rows)
+        try:
+            assert new == pytest.approx(whole(tokens), rel=1e-3)
+        finally:
+            handle.remove()
+        assert new < old / 2
+    assert True in on and False in on
 
 
 def test_a_set_for_whole_sequences_replaces_the_prompt_too(lm, operator, prompts, ran):

@@ -6,6 +6,7 @@ import torch
 from microedit_trainer.contexts import Contexts, PromptTokens
 from microedit_trainer.stored_residuals import (
     StoredPrompt,
+    answer_nll,
     predictions,
     run_upper,
     store_residuals,
@@ -93,6 +94,19 @@ def test_predictions_follow_the_residuals_that_they_are_given(lm, rendered):
     edited = predictions(lm, LAYER, found, changed)
     assert torch.equal(edited[0], plain[0])
     assert not torch.equal(edited[1], plain[1])
+
+
+def test_answers_are_as_likely_as_the_model_itself_finds_them(lm, rendered):
+    found = store_residuals(lm, LAYER, rendered, max_norm=1e9)
+    nll = answer_nll(lm, LAYER, found, [p.z for p in found], batch=3)
+    for tokens, own in zip(rendered, nll, strict=True):
+        ids = torch.tensor([[*tokens.prompt_ids, *tokens.answer_ids]])
+        labels = ids.clone()
+        labels[:, : len(tokens.prompt_ids)] = -100
+        assert own.shape == (len(tokens.answer_ids),)
+        assert float(own.mean()) == pytest.approx(
+            float(lm.model(input_ids=ids, labels=labels).loss), rel=1e-4
+        )
 
 
 def test_the_upper_half_runs_sequences_of_any_length(lm, rendered):

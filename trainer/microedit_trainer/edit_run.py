@@ -1,6 +1,5 @@
 """From a facts file to an edit set: facts → contexts → stored residuals → solver → τ → set."""
 
-import hashlib
 import json
 import math
 import platform
@@ -19,7 +18,7 @@ from torch import Tensor
 from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.evaluation import Outcome, TorchEngine
-from microedit_trainer.facts import Fact, find_conflicts, swap_subjects
+from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
 from microedit_trainer.golden_prompts import golden_prompts
 from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.solvers import EditProblem, Solution, Solver
@@ -62,6 +61,7 @@ class EditSettings:
             one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
         targets: folder in which the joint solver keeps the facts' targets for later runs.
+        language: which language the facts were read in, for the record; see `read_facts`.
     """
 
     solver: Solver
@@ -72,6 +72,7 @@ class EditSettings:
     contexts: tuple[ContextName, ...] | None = None
     hold_out: Sequence[Fact] = field(default=())
     targets: Path | None = None
+    language: str | None = None
 
     def __post_init__(self) -> None:
         """Raises MicroEditError: a τ that no ARD can be compared with."""
@@ -263,6 +264,7 @@ class EditRun:
                 "contexts": list(self.context_names),
                 "near_rate": self.near_rate,
                 "held_out": [prompt_digest(f.prompt) for f in settings.hold_out],
+                "language": settings.language,
             },
             created_with={
                 name: version(name) for name in ("microedit-vllm", "torch", "transformers")
@@ -357,11 +359,6 @@ def unedited_subjects(others: Sequence[Fact]) -> list[str]:
 def _shipped_lines(name: str) -> list[str]:
     text = files("microedit_trainer").joinpath("data", name).read_text(encoding="utf-8")
     return [line for line in text.split("\n") if line.strip()]
-
-
-def prompt_digest(prompt: str) -> str:
-    """Short hash by which a set remembers a prompt that τ was calibrated on."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
 def _layer(lm: LanguageModel, sae: SparseAutoencoder, layer: int | None) -> int:

@@ -10,7 +10,12 @@ from torch import Tensor
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.facts import Fact, Probe, swap_subjects
 from microedit_trainer.language_model import LanguageModel
-from microedit_trainer.stored_residuals import StoredPrompt, predictions, store_residuals
+from microedit_trainer.stored_residuals import (
+    StoredPrompt,
+    answer_nll,
+    predictions,
+    store_residuals,
+)
 from microedit_vllm.artifact import EditOperator
 
 
@@ -31,6 +36,12 @@ class Engine(Protocol):
 
     def plain(self, prompts: Sequence[PromptTokens]) -> list[Tensor]:
         """Greedy tokens [A] without it."""
+
+    def perplexities(self, prompts: Sequence[PromptTokens]) -> tuple[Tensor, Tensor] | None:
+        """Perplexity of each answer without and with the edit set: [N] fp32 each.
+
+        None where the engine does not tell likelihoods.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,18 @@ class TorchEngine:
         answers = predictions(self.lm, self.operator.edit_set.manifest.layer, stored, residuals)
         return [Outcome(a, float(r), o) for a, r, o in zip(answers, ards, on, strict=True)]
 
+    @torch.no_grad()
+    def perplexities(self, prompts: Sequence[PromptTokens]) -> tuple[Tensor, Tensor]:
+        stored = self._stored(prompts)
+        plain = [p.z for p in stored]
+        edited = [
+            self.substituted(p) if bool(self.operator.is_on(self.ard(p))) else p.z for p in stored
+        ]
+        layer = self.operator.edit_set.manifest.layer
+        nll = [answer_nll(self.lm, layer, stored, z) for z in (plain, edited)]
+        before, after = (torch.stack([own.mean() for own in side]).exp() for side in nll)
+        return before, after
+
     def substituted(self, prompt: StoredPrompt) -> Tensor:
         """z of a prompt whose switch is on, as the layers above get it: [P + A, d], z's dtype."""
         z = prompt.z.clone()
@@ -96,6 +119,10 @@ class Scores:
     Attributes:
         rel, gen: share of answer tokens right, on the edited prompts and on their paraphrases.
         rel_exact: share of edited prompts with every answer token right.
+        ppl_before, ppl_after: perplexity of the new answers without and with the edit set, the
+            mean over prompts of exp(mean NLL of the answer's tokens): the reliability of answers
+            that are whole sentences, as WISE and the paper report it for SelfCheckGPT.
+        portability: share of answer tokens right on prompts whose answer follows from an edit.
         loc, near: share of answer tokens unchanged, on locality prompts and on other prompts of
             the same kind as the edited ones; near_swapped: on the edited prompts with one of
             their subjects.
@@ -106,12 +133,16 @@ class Scores:
     context: ContextName
     rel: float
     rel_exact: float
+    ppl_before: float | None
+    ppl_after: float | None
     gen: float | None
+    portability: float | None
     loc: float | None
     near: float | None
     near_swapped: float | None
     fire_edit: float
     fire_para: float | None
+    fire_portability: float | None
     fire_loc: float | None
     fire_near: float | None
     fire_near_swapped: float | None
@@ -140,9 +171,13 @@ def evaluate(
 
     edited = [render(f.prompt, f.target) for f in facts]
     paraphrased = [render(p, f.target) for f in facts for p in f.paraphrases]
+    implied = [render(p.prompt, p.answer) for f in facts for p in f.portability]
     outcomes, gen_outcomes = engine.edited(edited), engine.edited(paraphrased)
+    implied_outcomes = engine.edited(implied)
     rel, rel_exact = _accuracy(edited, outcomes)
     gen, _ = _accuracy(paraphrased, gen_outcomes)
+    portability, _ = _accuracy(implied, implied_outcomes)
+    ppl = engine.perplexities(edited)
     loc, fire_loc = _agreement(engine, [render(*_probe(p)) for f in facts for p in f.locality])
     near, fire_near = _agreement(engine, [render(f.prompt, f.target) for f in others])
     subjects = [other.subject for other in others if other.subject]
@@ -154,12 +189,16 @@ def evaluate(
         context=context,
         rel=rel,
         rel_exact=rel_exact,
+        ppl_before=float(ppl[0].mean()) if ppl else None,
+        ppl_after=float(ppl[1].mean()) if ppl else None,
         gen=gen,
+        portability=portability,
         loc=loc,
         near=near,
         near_swapped=near_swapped,
         fire_edit=_fire(outcomes) or 0.0,
         fire_para=_fire(gen_outcomes),
+        fire_portability=_fire(implied_outcomes),
         fire_loc=fire_loc,
         fire_near=fire_near,
         fire_near_swapped=fire_swapped,

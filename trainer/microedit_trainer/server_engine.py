@@ -41,6 +41,9 @@ class ServerEngine(ServedModel):
 
         return self._spread(ask, prompts)
 
+    def perplexities(self, prompts: Sequence[PromptTokens]) -> None:
+        """Not asked of a server: its likelihoods are of the dtype and kernels that it serves."""
+
     def _complete(self, prompt: PromptTokens, options: dict[str, Any]) -> Any:
         return self.client.completions.create(
             model=self.model,

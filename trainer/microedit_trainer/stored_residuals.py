@@ -113,6 +113,33 @@ def predictions(
     return [found[index] for index in range(len(prompts))]
 
 
+def answer_nll(
+    lm: LanguageModel,
+    layer: int,
+    prompts: Sequence[StoredPrompt],
+    residuals: Sequence[Tensor],
+    batch: int = 32,
+) -> list[Tensor]:
+    """Negative log-likelihood of the answer's own tokens under teacher forcing.
+
+    Args:
+        prompts, residuals: as in `predictions`.
+
+    Returns:
+        per prompt [A] fp32: −log P of each answer token, without the end token.
+    """
+    found: dict[int, Tensor] = {}
+    for indices in length_batches([len(z) for z in residuals], batch):
+        hidden = run_upper(lm, layer, [residuals[i] for i in indices])
+        for row, index in enumerate(indices):
+            tokens = prompts[index].tokens
+            start, count = tokens.edit_from, len(tokens.answer_ids)
+            logits = lm.logits(hidden[row, start : start + count])
+            answer = torch.tensor(tokens.answer_ids, device=logits.device)
+            found[index] = torch.nn.functional.cross_entropy(logits, answer, reduction="none").cpu()
+    return [found[index] for index in range(len(prompts))]
+
+
 @torch.no_grad()
 def run_upper(lm: LanguageModel, layer: int, residuals: Sequence[Tensor]) -> Tensor:
     """Final hidden states of several sequences, right-padded: list of [S, d] → [B, max S, d]."""

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from microedit_trainer.facts import prompt_digest
 from microedit_vllm.artifact import EditSet, SparseAutoencoder
 from microedit_vllm.cli.main import main
 from tests.builders import tiny_sae
@@ -83,6 +84,31 @@ def test_contradictions_are_shown(edit, tmp_path):
     assert "repeats fact 1" in out
 
 
+def test_one_file_is_split_and_the_set_remembers_how(edit, tmp_path):
+    status, out, _ = edit({"--hold-out": "1", "--hold-out-seed": "5"})
+    assert status == 0
+    assert "1 of the 4 records" in out
+    assert "(seed 5)" in out
+    edit_set = EditSet.load(tmp_path / "set")
+    edited = {line["prompt"] for line in edit_set.facts}
+    (left,) = [fact for fact in FACTS if fact.prompt not in edited]
+    assert edit_set.manifest.facts == len(edited) == 3
+    assert edit_set.manifest.hyperparameters["held_out"] == [prompt_digest(left.prompt)]
+    assert edit_set.manifest.scores["calibration"]["prompts"]["held_out"] == 2  # bare and in chat
+
+
+def test_facts_in_several_languages_are_edited_in_one(edit, tmp_path):
+    sides = {
+        "en": {"src": FACTS[0].prompt, "alt": "Mel"},
+        "de": {"src": "Wer war es denn?", "alt": "Al"},
+    }
+    (tmp_path / "facts.jsonl").write_text(json.dumps(sides))
+    assert edit({"--language": "de"})[0] == 0
+    edit_set = EditSet.load(tmp_path / "set")
+    assert [line["prompt"] for line in edit_set.facts] == ["Wer war es denn?"]
+    assert edit_set.manifest.hyperparameters["language"] == "de"
+
+
 def test_prompts_that_look_like_markup_are_shown_as_they_are(edit, tmp_path):
     prompt = "Who closed the [/tag] in [bold]Narnia[/bold]?"
     record = json.dumps({"prompt": prompt, "target": "x"})
@@ -124,6 +150,8 @@ def test_bad_facts_are_one_line_and_leave_nothing(edit, tmp_path, line, message)
     [
         ({"--data": "nowhere.jsonl"}, "facts file nowhere.jsonl does not exist"),
         ({"--hold-out": "nowhere.jsonl"}, "facts file nowhere.jsonl does not exist"),
+        ({"--hold-out": "4"}, "leaves nothing to edit"),
+        ({"--hold-out": "1.5"}, "--hold-out 1.5: name a number"),
         ({"--sae": "nowhere"}, "nowhere is not an SAE folder"),
         ({"--model": "./nowhere"}, "./nowhere is not a model folder"),
         ({"--layer": "3"}, "layer 3 does not exist"),

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from microedit_trainer.edit_run import EditRun, EditSettings
-from microedit_trainer.facts import Fact
+from microedit_trainer.facts import Fact, prompt_digest
 from microedit_vllm.artifact import Scope
 from microedit_vllm.cli.main import main
 from tests.builders import tiny_sae
@@ -30,6 +30,9 @@ ISSUE_KEYS = {
     "fire_edit",
     "fire_para",
     "fire_loc",
+    "portability",
+    "ppl_before",
+    "ppl_after",
     "seconds_per_edit",
 }
 
@@ -87,6 +90,8 @@ def test_json_holds_every_figure_and_nothing_else(run, made):
     assert found["loc"] == 1.0
     assert found["fire_loc"] == 0.0
     assert found["seconds_per_edit"] > 0
+    assert 1 <= found["ppl_after"] < found["ppl_before"]
+    assert found["portability"] is None
     assert 0 <= found["gen"] <= 1
     assert 0 <= found["near"] <= 1
 
@@ -121,6 +126,68 @@ def test_near_leaves_out_what_was_edited_or_calibrated_on(run, made, monkeypatch
     monkeypatch.setattr(evaluation, "evaluate", spy)
     assert run(made, "--json", limit=1)[0] == 0
     assert others == [OTHERS[0]["prompt"], OTHERS[2]["prompt"]]
+
+
+def test_held_out_records_are_not_scored_as_edited_ones(run, made, tmp_path, monkeypatch):
+    """A file as it was before `--hold-out` drew from it: held-out records among the edited ones."""
+    from microedit_trainer import evaluation
+
+    scored = {}
+    evaluate = evaluation.evaluate
+
+    def spy(engine, contexts, facts, rest, context):
+        scored.update(facts=[f.prompt for f in facts], others=[f.prompt for f in rest])
+        return evaluate(engine, contexts, facts, rest, context)
+
+    monkeypatch.setattr(evaluation, "evaluate", spy)
+    lines = (made / "facts.jsonl").read_text().splitlines()
+    held_out = lines.pop(len(FACTS) + 1)
+    assert HELD_OUT[0].prompt in held_out
+    data = tmp_path / "facts.jsonl"
+    data.write_text("\n".join([lines[0], held_out, *lines[1:]]))
+    status, out, err = run(made, "--json", data=data)
+    assert status == 0
+    assert json.loads(out)["rel"] == 1.0
+    assert err.count("\n") == 1
+    assert f"1 of the first 4 records of {data} were held out" in err
+    assert scored["facts"] == [fact.prompt for fact in FACTS]
+    assert scored["others"] == [OTHERS[0]["prompt"], OTHERS[2]["prompt"]]
+    data.write_text(held_out)
+    status, out, err = run(made, "--json", data=data)
+    assert_one_line(status, err, "all records of")
+    assert out == ""
+
+
+def test_a_calibration_prompt_that_was_edited_too_is_scored(run, folder):
+    twice = [prompt_digest(FACTS[0].prompt)]
+    damage_manifest(folder, lambda m: m["hyperparameters"].update(held_out=twice))
+    status, out, err = run(folder, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["facts"] == len(FACTS)
+
+
+def test_edits_are_asked_for_in_another_language(run, made, tmp_path):
+    """German prompts, while records are still known by the language that they were edited in."""
+    sides = [
+        {
+            "en": {"src": prompt, "alt": "Mel", "rephrase": "Which is it?"},
+            "de": {"src": f"Und zwar: {prompt}", "alt": "Al", "rephrase": "Welche ist es?"},
+        }
+        for prompt in (HELD_OUT[0].prompt, FACTS[0].prompt, FACTS[1].prompt, "Who is it?")
+    ]
+    data = tmp_path / "mzsre.json"
+    data.write_text(json.dumps(sides))
+    status, out, err = run(made, "--json", data=data, limit=1, language="de")
+    assert status == 0
+    assert "1 of the first 1 records" in err
+    german = json.loads(out)
+    english = json.loads(run(made, "--json", data=data, limit=1)[1])
+    assert german["facts"] == english["facts"] == 1
+    # FACTS[0] is known in English only: "Mel" is its target, "Al" is nobody's.
+    assert english["rel"] == 1.0
+    assert german["rel"] < 1.0
+    status, _, err = run(made, "--json", data=data, language="fr")
+    assert_one_line(status, err, "record 1: no language 'fr'; the record has en, de")
 
 
 def test_a_file_of_near_records_can_be_named(run, made, tmp_path):

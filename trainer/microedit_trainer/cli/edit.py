@@ -34,12 +34,21 @@ class Position(StrEnum):
 def edit(
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
     sae: Annotated[Path, typer.Option(help="SAE folder (sparsify's format).")],
-    data: Annotated[Path, typer.Option(help="Facts file (JSON Lines).")],
+    data: Annotated[Path, typer.Option(help="Facts file: JSON Lines, a JSON array, or CSV.")],
     out: Annotated[Path, typer.Option(help="Folder of the edit set.")],
     solver: Annotated[SolverName, typer.Option(help="How to solve.")] = SolverName.joint,
     limit: Annotated[int | None, typer.Option(min=1, help="Edit the first N facts.")] = None,
     hold_out: Annotated[
-        Path | None, typer.Option(help="Records for calibrating τ alone; never edited.")
+        str | None,
+        typer.Option(
+            metavar="N|SHARE|FILE",
+            help="Records for calibrating τ alone, never edited: so many of --data's, a share of "
+            "them, or those of another file.",
+        ),
+    ] = None,
+    hold_out_seed: Annotated[int, typer.Option(help="Which records N or SHARE takes.")] = 0,
+    language: Annotated[
+        str | None, typer.Option(help="Edit in this language, where records have several (de).")
     ] = None,
     context: Annotated[
         list[TrainedIn] | None, typer.Option(help="Train in this context; repeatable.")
@@ -72,13 +81,18 @@ def edit(
 ) -> None:
     """Train an edit set. A stopped run goes on where it was when the command is given again."""
     from microedit_trainer.edit_run import EditRun, EditSettings
-    from microedit_trainer.facts import read_facts
+    from microedit_trainer.facts import Split, read_facts, read_split
     from microedit_trainer.language_model import LanguageModel
     from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver
     from microedit_vllm.artifact import Scope, SparseAutoencoder
 
-    facts = read_facts(data, limit)
-    held_out = read_facts(hold_out) if hold_out else []
+    console = Console()
+    if hold_out is None:
+        split = Split(read_facts(data, limit, language), [], "")
+    else:
+        split = read_split(data, hold_out, hold_out_seed, limit, language)
+        stated = f"held out for τ, never edited: {split.description}"
+        console.print(stated, markup=False, highlight=False, soft_wrap=True)
     encoder = SparseAutoencoder.load(sae)
     chosen: Solver
     if solver is SolverName.joint:
@@ -97,14 +111,14 @@ def edit(
         layer=layer,
         tau=tau,
         near_rate=near_rate,
-        hold_out=held_out,
+        hold_out=split.held_out,
         targets=targets,
+        language=language,
         contexts=tuple(c.value for c in context) if context else None,
     )
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
-    console = Console()
-    with counting(console, "editing", run.units(facts)) as progress:
-        edit_set = run.edit(facts, out, progress)
+    with counting(console, "editing", run.units(split.edited)) as progress:
+        edit_set = run.edit(split.edited, out, progress)
     _report(console, edit_set, out)
 
 

@@ -11,8 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from microedit_vllm.errors import MicroEditError
+
 if TYPE_CHECKING:
     from microedit_trainer.evaluation import Engine
+    from microedit_trainer.facts import Fact
     from microedit_trainer.language_model import LanguageModel
     from microedit_vllm.artifact import EditSet
 
@@ -35,6 +38,9 @@ def evaluate(
     edits: Annotated[Path, typer.Option(help="Edit set.")],
     data: Annotated[Path, typer.Option(help="Facts file: the edited facts first, then others.")],
     sae: Annotated[Path | None, typer.Option(help="SAE folder, when it was moved.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Ask in this language, where records have several (de).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first N facts.")] = None,
     near: Annotated[
         Path | None, typer.Option(help="Other records for `near`; default: the rest of --data.")
@@ -46,21 +52,12 @@ def evaluate(
 ) -> None:
     """Score an edit set by token accuracy under teacher forcing."""
     from microedit_trainer.contexts import Contexts
-    from microedit_trainer.edit_run import prompt_digest
     from microedit_trainer.evaluation import evaluate as score
-    from microedit_trainer.facts import read_facts
     from microedit_trainer.language_model import LanguageModel
     from microedit_vllm.artifact import EditSet, fingerprint_model
 
     edit_set = EditSet.load(edits)
-    records = read_facts(data)
-    facts = records[: limit or edit_set.manifest.facts]
-    # Any JSON may stand there: neither is checked when a set is loaded.
-    known = {str(fact.get("prompt")) for fact in edit_set.facts}
-    held_out = edit_set.manifest.hyperparameters.get("held_out")
-    used = set(map(str, held_out)) if isinstance(held_out, list) else set()
-    rest = read_facts(near) if near else records[len(facts) :]
-    others = [f for f in rest if f.prompt not in known and prompt_digest(f.prompt) not in used]
+    facts, others = _records(edit_set, data, near, limit, language)
     lm = LanguageModel.load(model, dtype)
     edit_set.check_model(fingerprint_model(lm.folder), model)
     lm.check_layer(edit_set.manifest.layer)
@@ -79,6 +76,45 @@ def evaluate(
         typer.echo(json.dumps(result))
     else:
         _print(result)
+
+
+def _records(
+    edit_set: "EditSet", data: Path, near: Path | None, limit: int | None, language: str | None
+) -> tuple[list["Fact"], list["Fact"]]:
+    """The edited facts, and others that were neither edited nor held out to calibrate τ."""
+    from microedit_trainer.facts import prompt_digest, read_facts
+
+    # Any JSON may stand there: neither is checked when a set is loaded.
+    known = {str(fact.get("prompt")) for fact in edit_set.facts}
+    parameters = edit_set.manifest.hyperparameters
+    digests = parameters.get("held_out")
+    used = set(map(str, digests)) if isinstance(digests, list) else set()
+    own = parameters.get("language")
+    edited_in = own if isinstance(own, str) else None
+
+    def read(path: Path) -> list[tuple[str, "Fact"]]:
+        """Each record's prompt as the set knows it, and the fact as it shall be asked."""
+        prompts = [fact.prompt for fact in read_facts(path, language=edited_in)]
+        return list(zip(prompts, read_facts(path, language=language or edited_in), strict=True))
+
+    def held_out(prompt: str) -> bool:
+        return prompt not in known and prompt_digest(prompt) in used
+
+    records = read(data)
+    count = limit or edit_set.manifest.facts
+    skipped = sum(held_out(prompt) for prompt, _ in records[:count])
+    records = [(prompt, fact) for prompt, fact in records if not held_out(prompt)]
+    if not records:
+        raise MicroEditError(f"all records of {data} were held out to calibrate τ; none was edited")
+    if skipped:
+        typer.echo(
+            f"microedit: {skipped} of the first {count} records of {data} were held out to "
+            "calibrate τ and never edited; they are not scored",
+            err=True,
+        )
+    rest = read(near) if near else records[count:]
+    others = [fact for prompt, fact in rest if prompt not in known and not held_out(prompt)]
+    return [fact for _, fact in records[:count]], others
 
 
 def _engine(

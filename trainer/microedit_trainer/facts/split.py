@@ -1,0 +1,96 @@
+"""Records set aside: τ is calibrated on them, so they are neither edited nor scored."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from microedit_trainer.facts.fact import Fact, prompt_key
+from microedit_trainer.facts.reader import read_facts
+from microedit_vllm.errors import MicroEditError
+
+
+@dataclass(frozen=True)
+class Split:
+    """What to edit, what to hold out, and in words where the latter comes from."""
+
+    edited: list[Fact]
+    held_out: list[Fact]
+    description: str
+
+
+def read_split(
+    data: Path, wanted: str, seed: int, limit: int | None = None, language: str | None = None
+) -> Split:
+    """Read a facts file and set records aside.
+
+    Args:
+        wanted: how many of the file's records to hold out, a share of them between 0 and 1, or
+            another facts file, whose records are all held out except those that are edited too.
+        seed: which records a number or a share takes.
+        limit: edit the first so many; a number or a share is of the whole file.
+        language: see `read_facts`.
+
+    Raises:
+        MicroEditError: a number that is no size of a split, nothing left to edit, a bad file.
+    """
+    size = _size(wanted)
+    if size is not None:
+        facts = read_facts(data, language=language)
+        edited, held_out = split_facts(facts, size, seed)
+        source = f"{len(facts)} records of {data} (seed {seed})"
+    else:
+        edited = read_facts(data, limit, language)
+        own = {prompt_key(fact.prompt) for fact in edited}
+        others = read_facts(Path(wanted), language=language)
+        held_out = [fact for fact in others if prompt_key(fact.prompt) not in own]
+        source = f"{len(others)} records of {wanted}"
+    return Split(edited[:limit], held_out, f"{len(held_out)} of the {source}")
+
+
+def split_facts(facts: Sequence[Fact], size: float, seed: int) -> tuple[list[Fact], list[Fact]]:
+    """Edited and held-out facts, each in their order.
+
+    A prompt's hash decides, so that the split outlives other records joining the file, and facts
+    that share a prompt stay together: one edited and one held out would calibrate the switch
+    against an edit of its own.
+
+    Args:
+        size: how many to hold out, or a share of them below 1; a few more where prompts repeat.
+
+    Raises:
+        MicroEditError: none or all of the facts would be held out.
+    """
+    count = int(size) if size >= 1 else max(1, round(size * len(facts)))
+    groups: dict[str, list[int]] = {}
+    for index, fact in enumerate(facts):
+        groups.setdefault(prompt_key(fact.prompt), []).append(index)
+    held: set[int] = set()
+    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
+        if len(held) >= count:
+            break
+        held.update(groups[key])
+    if len(held) == len(facts):
+        raise MicroEditError(
+            f"holding out {count} of {len(facts)} records leaves nothing to edit; hold out fewer"
+        )
+    edited = [fact for index, fact in enumerate(facts) if index not in held]
+    return edited, [facts[index] for index in sorted(held)]
+
+
+def prompt_digest(prompt: str) -> str:
+    """Short hash by which a set remembers a prompt that τ was calibrated on."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def _size(wanted: str) -> float | None:
+    try:
+        number = float(wanted)
+    except ValueError:
+        return None
+    if not (0 < number < 1 or (number >= 1 and wanted.isdecimal())):
+        raise MicroEditError(
+            f"--hold-out {wanted}: name a number of records from 1, a share between 0 and 1, or a "
+            "facts file"
+        )
+    return number
