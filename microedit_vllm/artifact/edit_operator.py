@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from microedit_kernels.edit_change import edit_change
+from microedit_kernels.edit_change import edit_change, threshold_acts
 from microedit_kernels.sparse_decode import decode, decode_change, row_map, squared_distance
 from microedit_kernels.switch import decide, smallest_runs
+from microedit_kernels.topk_encode import pre_acts
 from microedit_vllm.artifact.edit_set import DecoderChange, EditSet, Golden
 from microedit_vllm.artifact.sae import SparseAutoencoder
 from microedit_vllm.errors import MicroEditError
@@ -78,6 +79,27 @@ class EditOperator:
             z, self.edit_W_enc, self.edit_b_enc, self.sae.b_dec, self.edit.values, theta
         )
 
+    def scoring_acts(self, z: Tensor) -> Tensor:
+        """h of the scoring change's rows, 0 where a row is not in the top k: [..., d] → [..., c]
+        fp32."""
+        return self._acts_among_top(z, self.scoring_rows, len(self.scoring.indices))
+
+    def edit_acts(self, z: Tensor) -> Tensor:
+        """h of the edit change's rows, 0 where a row does not fire: [..., d] → [..., c] fp32."""
+        theta = self.edit_set.manifest.theta
+        if self.edit_set.manifest.activation == "topk":
+            return self._acts_among_top(z, self.edit_rows, len(self.edit.indices))
+        assert theta is not None
+        pre = pre_acts(z, self.edit_W_enc, self.edit_b_enc, self.sae.b_dec)
+        return threshold_acts(pre, theta)
+
+    def _acts_among_top(self, z: Tensor, rows: Tensor, count: int) -> Tensor:
+        acts, indices = self.encode(z)
+        # A place of its own, cut off again, for the rows that the change leaves alone.
+        where = rows[indices]
+        where = where.where(where >= 0, count)
+        return acts.new_zeros(*acts.shape[:-1], count + 1).scatter(-1, where, acts)[..., :count]
+
     def distances(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """dist and dist0 of scored tokens, [..., d] → two [...] fp32.
 
@@ -98,12 +120,29 @@ class EditOperator:
             [D] fp32; +∞ where fewer tokens count than the decision asks for.
         """
         decision = self.edit_set.manifest.decision
-        weight = dist0
-        if decision.statistic == "absolute":
-            assert decision.alpha is not None
-            weight = torch.full_like(dist, decision.alpha)
-        ards = smallest_runs(dist, weight, counted, decision.scope.run)
+        ards = smallest_runs(dist, self.weights(dist0), counted, decision.scope.run)
         return ards.where(counted.sum(-1) >= decision.min_tokens, torch.inf)
+
+    def weights(self, dist0: Tensor) -> Tensor:
+        """What a token's distance is measured by: dist0 itself, or α in its shape, fp32."""
+        decision = self.edit_set.manifest.decision
+        if decision.statistic == "relative":
+            return dist0
+        assert decision.alpha is not None
+        return torch.full_like(dist0, decision.alpha)
+
+    def run_ards(self, dist: Tensor, dist0: Tensor) -> Tensor:
+        """The statistic of each run that `ard` takes the smallest of.
+
+        Args:
+            dist, dist0: distances of one sequence's scored tokens, two [S] with S > 0.
+
+        Returns:
+            [S − r + 1] fp32 for runs of r tokens; the i-th begins at the i-th scored token.
+        """
+        size = min(self.edit_set.manifest.decision.scope.run or len(dist), len(dist))
+        runs, weights = dist.unfold(0, size, 1), self.weights(dist0).unfold(0, size, 1)
+        return smallest_runs(runs, weights, torch.ones_like(runs, dtype=torch.bool), run=0)
 
     def ard(self, dist: Tensor, dist0: Tensor) -> Tensor:
         """`ards` of one sequence whose tokens all count: two [S] → scalar."""

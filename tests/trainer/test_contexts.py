@@ -181,3 +181,24 @@ def test_a_template_that_drops_messages_has_no_turns(template):
 
 def test_a_tokenizer_without_a_template_attribute_has_no_turns():
     assert find_turn_markers(SimpleNamespace()) is None
+
+
+def test_a_chat_takes_a_system_prompt_of_ones_own(contexts):
+    plain = contexts.render("chat", WORDS)
+    found = contexts.render("chat", WORDS, system="You are a pirate.")
+    text = contexts.tokenizer.decode(found.prompt_ids)
+    assert text.startswith("<|im_start|>system\nYou are a pirate.<|im_end|>\n<|im_start|>user")
+    assert found.prompt_ids[-len(plain.prompt_ids) :] == plain.prompt_ids
+    assert found.scored[1] - found.scored[0] == plain.scored[1] - plain.scored[0]
+
+
+def test_a_template_without_system_prompts_says_so_in_one_line(tokenizer):
+    refusing = tiny_tokenizer()
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    contexts = Contexts.build(refusing, Scope(), 4096)
+    assert contexts.render("chat", WORDS).prompt_ids
+    with pytest.raises(MicroEditError, match=r"refuses the conversation \(no system\)"):
+        contexts.render("chat", WORDS, system="You are a pirate.")

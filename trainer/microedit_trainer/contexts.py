@@ -53,18 +53,27 @@ class Contexts:
         return ("bare", "chat") if self.turn is not None else ("bare",)
 
     def render(
-        self, context: ContextName, prompt: str, answer: str = "", subject: str | None = None
+        self,
+        context: ContextName,
+        prompt: str,
+        answer: str = "",
+        subject: str | None = None,
+        system: str | None = None,
     ) -> PromptTokens:
         """Tokens of a prompt and its answer in a context.
 
+        Args:
+            system: a system prompt of one's own, for a chat.
+
         Raises:
-            MicroEditError: longer than the model's context, or no chat template for a chat.
+            MicroEditError: longer than the model's context, or no chat template for a chat, or
+                one that refuses it (some know no system prompt).
         """
         if context == "bare":
             text = prompt.rstrip()
             answer_text = " " + answer.strip() if answer else ""
         else:
-            text = self._chat_text(context, prompt)
+            text = self._chat_text(prompt, long_system_prompt() if context == "long" else system)
             answer_text = answer.strip()
         prompt_ids, offsets = self._encode(text, special=context == "bare")
         answer_ids = self.tokenizer(answer_text, add_special_tokens=False).input_ids
@@ -88,15 +97,21 @@ class Contexts:
         )
         return list(encoded.input_ids), list(encoded.get("offset_mapping", []))
 
-    def _chat_text(self, context: ContextName, prompt: str) -> str:
+    def _chat_text(self, prompt: str, system: str | None) -> str:
         if self.turn is None:
             raise MicroEditError("this model has no chat template; use the bare context")
         messages = [{"role": "user", "content": prompt}]
-        if context == "long":
-            messages.insert(0, {"role": "system", "content": long_system_prompt()})
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # jinja errors have no common base
+            raise MicroEditError(
+                f"the model's chat template refuses the conversation ({error}); "
+                "leave the system prompt out or ask bare"
+            ) from error
 
 
 def long_system_prompt() -> str:

@@ -1,7 +1,8 @@
 """Rel, Gen, Loc and near, as the paper defines them: token accuracy under teacher forcing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from microedit_trainer.stored_residuals import (
     predictions,
     store_residuals,
 )
-from microedit_vllm.artifact import EditOperator
+from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,22 @@ class TorchEngine:
     @classmethod
     def build(cls, lm: LanguageModel, operator: EditOperator) -> "TorchEngine":
         return cls(lm, operator, {})
+
+    @classmethod
+    def load(
+        cls, lm: LanguageModel, edit_set: EditSet, folder: Path, sae: Path | None = None
+    ) -> "TorchEngine":
+        """With the SAE of the set in `folder`, or with the one in `sae`, proven to be the set's.
+
+        Raises:
+            MicroEditError: no SAE there, or another one.
+        """
+        where = edit_set.sae_folder(folder, sae)
+        encoder = SparseAutoencoder.load(where)
+        edit_set.check_sae(encoder, where)
+        operator = EditOperator.build(edit_set, encoder.to(lm.device))
+        operator.check_golden()
+        return cls.build(lm, operator)
 
     def _stored(self, prompts: Sequence[PromptTokens]) -> list[StoredPrompt]:
         manifest = self.operator.edit_set.manifest
@@ -110,6 +127,28 @@ class TorchEngine:
         stored = self._stored(prompts)
         layer = self.operator.edit_set.manifest.layer
         return predictions(self.lm, layer, stored, [p.z for p in stored])
+
+    @torch.no_grad()
+    def greedy(self, prompt: PromptTokens, on: bool) -> Iterator[tuple[int, float]]:
+        """The greedy answer, with the edit or without, whatever the switch says; it has no end.
+
+        Args:
+            prompt: whose own answer is not looked at.
+
+        Yields:
+            a token, and how far its logit is from the next best one's.
+        """
+        manifest = self.operator.edit_set.manifest
+        ids = list(prompt.prompt_ids)
+        while True:
+            z = self.lm.lower(torch.tensor([ids]), manifest.layer)[0]
+            if on:
+                sinks = z.float().norm(dim=-1) > manifest.decision.max_norm
+                z = self.substituted(StoredPrompt(prompt, z, sinks))
+            logits = self.lm.logits(self.lm.upper(z[None], manifest.layer)[0, -1])
+            first, second = logits.topk(2).values.tolist()
+            ids.append(int(logits.argmax()))
+            yield ids[-1], first - second
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Prompt by prompt, as a server runs a request that is alone: in bf16 a padded bat
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -110,20 +111,12 @@ def read_around(lm: LanguageModel, layer: int, token_ids: Sequence[int]) -> dict
 
 def _answer(engine: TorchEngine, prompt: PromptTokens, on: bool) -> tuple[int, ...]:
     """Greedy tokens up to the first unclear one, the end token or `ANSWER_TOKENS`."""
-    lm, manifest = engine.lm, engine.operator.edit_set.manifest
-    clear = CLEAR_TOKEN.get(lm.dtype, CLEAR_TOKEN_HALF)
+    clear = CLEAR_TOKEN.get(engine.lm.dtype, CLEAR_TOKEN_HALF)
     answer: list[int] = []
-    while len(answer) < ANSWER_TOKENS:
-        ids = torch.tensor([[*prompt.prompt_ids, *answer]])
-        z = lm.lower(ids, manifest.layer)[0]
-        if on:
-            sinks = z.float().norm(dim=-1) > manifest.decision.max_norm
-            z = engine.substituted(StoredPrompt(prompt, z, sinks))
-        logits = lm.logits(lm.upper(z[None], manifest.layer)[0, -1])
-        first, second = logits.topk(2).values.tolist()
-        if first - second < clear:
+    for token, margin in islice(engine.greedy(prompt, on), ANSWER_TOKENS):
+        if margin < clear:
             break
-        answer.append(int(logits.argmax()))
-        if answer[-1] == prompt.end_id:
+        answer.append(token)
+        if token == prompt.end_id:
             break
     return tuple(answer)

@@ -107,6 +107,32 @@ def test_the_statistic_follows_the_decision(sae):
     assert ard(statistic="absolute", alpha=10, scope=run) == pytest.approx(2 / 20)
 
 
+def test_the_statistic_of_each_run(sae):
+    dist, dist0 = torch.tensor([6.0, 1.0, 1.0, 6.0]), torch.tensor([2.0, 2.0, 4.0, 4.0])
+
+    def runs(size, **fields):
+        found = operator(sae, tau=0.9, scope=Scope(run=size), **fields)
+        return found.run_ards(dist, dist0).tolist()
+
+    assert runs(2, statistic="relative") == pytest.approx([7 / 4, 2 / 6, 7 / 8])
+    assert runs(0, statistic="relative") == runs(9, statistic="relative")
+    assert runs(0, statistic="relative") == pytest.approx([14 / 12])
+    assert runs(3, statistic="absolute", alpha=10) == pytest.approx([8 / 30, 8 / 30])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_changes_are_their_acts_times_their_values(sae, z, shared):
+    edit_set = tiny_edit_set(sae, shared=shared)
+    found = EditOperator.build(edit_set, sae)
+    codes = dense_codes(sae, z)
+    assert torch.equal(found.scoring_acts(z) > 0, codes[:, edit_set.scoring.indices] > 0)
+    torch.testing.assert_close(found.scoring_acts(z), codes[:, edit_set.scoring.indices])
+    base = codes @ sae.W_dec + sae.b_dec if shared else z
+    added = found.edit_acts(z) @ edit_set.edit.values.float()
+    assert added.any()
+    torch.testing.assert_close(base + added, found.edited(z))
+
+
 def test_too_few_scored_tokens_leave_the_switch_off(sae):
     found = operator(sae, statistic="relative", tau=0.9, scope=Scope(), min_tokens=3)
     few, enough = torch.full((2,), 1e-3), torch.full((3,), 1e-3)

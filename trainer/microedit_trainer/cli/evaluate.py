@@ -127,14 +127,8 @@ def _engine(
 ) -> "Engine":
     if name is EngineName.hf:
         from microedit_trainer.evaluation import TorchEngine
-        from microedit_vllm.artifact import EditOperator, SparseAutoencoder
 
-        where = edit_set.sae_folder(folder, sae)
-        encoder = SparseAutoencoder.load(where)
-        edit_set.check_sae(encoder, where)
-        operator = EditOperator.build(edit_set, encoder.to(lm.device))
-        operator.check_golden()
-        return TorchEngine.build(lm, operator)
+        return TorchEngine.load(lm, edit_set, folder, sae)
     from microedit_trainer.demo.server import VllmServer
     from microedit_trainer.server_engine import ServerEngine
 
