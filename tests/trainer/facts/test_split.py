@@ -41,9 +41,30 @@ def test_facts_that_share_a_prompt_stay_on_one_side(seed):
     assert not prompts[0] & prompts[1]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_facts_about_one_subject_stay_on_one_side(seed):
+    """Also where a chain of prompts and subjects links them."""
+    facts = [
+        Fact(f"{question} {n}?", "x", f"subject {n}" if linked else None)
+        for n in range(20)
+        for question, linked in (("Who is", True), ("What is", True), ("What is", False))
+    ]
+    edited, held_out = split_facts(facts, 12, seed)
+    assert len(held_out) == 12
+    numbers = [{f.prompt.split()[-1] for f in side} for side in (edited, held_out)]
+    assert not numbers[0] & numbers[1]
+    assert len(numbers[1]) == 4
+
+
+def test_no_split_is_possible_within_one_subject():
+    facts = [Fact(f"Question {n}?", "x", "Oz") for n in range(5)]
+    with pytest.raises(MicroEditError, match="subject stay together"):
+        split_facts(facts, 1, seed=0)
+
+
 @pytest.mark.parametrize("size", [50, 51, 0.999])
 def test_something_must_be_left_to_edit(size):
-    with pytest.raises(MicroEditError, match="leaves nothing to edit; hold out fewer"):
+    with pytest.raises(MicroEditError, match="leaves nothing to edit"):
         split_facts(FACTS, size, seed=0)
 
 

@@ -51,31 +51,59 @@ def read_split(
 def split_facts(facts: Sequence[Fact], size: float, seed: int) -> tuple[list[Fact], list[Fact]]:
     """Edited and held-out facts, each in their order.
 
-    A prompt's hash decides, so that the split outlives other records joining the file, and facts
-    that share a prompt stay together: one edited and one held out would calibrate the switch
-    against an edit of its own.
+    A hash of prompts and subjects decides, so that the split outlives other records joining the
+    file. Facts that share a prompt or a subject stay together: one edited and one held out would
+    calibrate the switch against an edit of its own (in SelfCheckGPT a subject's prompts begin
+    alike).
 
     Args:
-        size: how many to hold out, or a share of them below 1; a few more where prompts repeat.
+        size: how many to hold out, or a share of them below 1; a few more where a group ends later.
 
     Raises:
         MicroEditError: none or all of the facts would be held out.
     """
     count = int(size) if size >= 1 else max(1, round(size * len(facts)))
-    groups: dict[str, list[int]] = {}
-    for index, fact in enumerate(facts):
-        groups.setdefault(prompt_key(fact.prompt), []).append(index)
     held: set[int] = set()
-    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
+    for group in _shuffled_groups(facts, seed):
         if len(held) >= count:
             break
-        held.update(groups[key])
+        held.update(group)
     if len(held) == len(facts):
         raise MicroEditError(
-            f"holding out {count} of {len(facts)} records leaves nothing to edit; hold out fewer"
+            f"holding out {count} of {len(facts)} records leaves nothing to edit (records with "
+            "the same prompt or subject stay together); hold out fewer"
         )
     edited = [fact for index, fact in enumerate(facts) if index not in held]
     return edited, [facts[index] for index in sorted(held)]
+
+
+def _shuffled_groups(facts: Sequence[Fact], seed: int) -> list[list[int]]:
+    """Indices of facts linked by prompts or subjects, in an order that the seed decides."""
+    parent = list(range(len(facts)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    first: dict[str, int] = {}
+    for index, fact in enumerate(facts):
+        for key in _keys(fact):
+            parent[root(index)] = root(first.setdefault(key, index))
+    groups: dict[int, list[int]] = {}
+    for index in range(len(facts)):
+        groups.setdefault(root(index), []).append(index)
+
+    def rank(group: list[int]) -> bytes:
+        keys = (key for index in group for key in _keys(facts[index]))
+        return min(hashlib.sha256(f"{seed}:{key}".encode()).digest() for key in keys)
+
+    return sorted(groups.values(), key=rank)
+
+
+def _keys(fact: Fact) -> list[str]:
+    texts = {"prompt": fact.prompt, "subject": fact.subject}
+    return [f"{name}:{prompt_key(text)}" for name, text in texts.items() if text and text.strip()]
 
 
 def prompt_digest(prompt: str) -> str:
