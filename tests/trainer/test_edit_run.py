@@ -326,3 +326,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     run_of().edit(FACTS, out, no_progress)
     assert EditSet.load(out).manifest.facts == len(FACTS)
     assert droppings(tmp_path) == []
+
+
+def test_a_subject_that_the_switch_cannot_see_is_not_swapped(run_of):
+    """Behind a long passage the scored tokens are the fact's own, whoever it is about."""
+    passage = " ".join(f"word{number}" for number in range(20))
+    seen = Fact("The capital of Wakanda is", "Mel", "Wakanda")
+    unseen = Fact(f"This is about Gondor. {passage} He was born in", "Mel", "Gondor")
+    swapped = run_of()._swapped([seen, unseen])
+    assert len(swapped) == 1
+    assert swapped[0].startswith("The capital of ") and "Wakanda" not in swapped[0]

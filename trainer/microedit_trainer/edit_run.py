@@ -295,8 +295,7 @@ class EditRun:
             # Not for the paper's solver: it reconstructs the whole prompt, which leaves nothing to
             # tell a fact's wording about another subject apart. Its absolute ARD also spreads over
             # ordinary prompts, so that τ cannot stay below all of them.
-            swapped = swap_subjects(facts, unedited_subjects(held_out))
-            near["swapped"] = NearPrompts(ards(swapped), rate)
+            near["swapped"] = NearPrompts(ards(self._swapped(facts)), rate)
         return calibrate(
             edited=ards([f.prompt for f in facts]),
             ordinary=ards(ordinary_lines()[1::2]),
@@ -304,6 +303,21 @@ class EditRun:
             ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
             fixed=self.settings.tau,
         )
+
+    def _swapped(self, facts: Sequence[Fact]) -> list[str]:
+        """The facts' wordings about other subjects, where the switch could see that they are.
+
+        Behind a long passage the subject lies outside of what is scored: the tokens that are, are
+        the fact's own, and no τ tells the two apart.
+        """
+
+        def scored(prompt: str) -> tuple[int, ...]:
+            rendered = self.contexts.render(self.context_names[0], prompt)
+            return rendered.prompt_ids[slice(*rendered.scored)]
+
+        own = {scored(fact.prompt) for fact in facts}
+        others = swap_subjects(facts, unedited_subjects(self.settings.hold_out))
+        return [prompt for prompt in others if scored(prompt) not in own]
 
     def _golden_prompts(
         self, engine: TorchEngine, facts: Sequence[Fact]
@@ -315,7 +329,7 @@ class EditRun:
             rendered = [self.contexts.render(n, p) for p in prompts for n in names]
             return golden_prompts(engine, rendered, on, count)
 
-        near = swap_subjects(facts, unedited_subjects(self.settings.hold_out))
+        near = self._swapped(facts)
         return (
             *golden([f.prompt for f in facts[:GOLDEN_FACTS]], on=True, count=8),
             *golden(near[:GOLDEN_FACTS], on=False, count=2),
