@@ -1,6 +1,6 @@
 """z of each prompt and its answer, computed once per edit run: the layers up to l never rerun."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,13 +103,8 @@ def predictions(
     Returns:
         per prompt [A] int64: the argmax at e, …, e + A − 1.
     """
-    found: dict[int, Tensor] = {}
-    for indices in length_batches([len(z) for z in residuals], batch):
-        hidden = run_upper(lm, layer, [residuals[i] for i in indices])
-        for row, index in enumerate(indices):
-            tokens = prompts[index].tokens
-            start, count = tokens.edit_from, len(tokens.answer_ids)
-            found[index] = lm.logits(hidden[row, start : start + count]).argmax(-1).cpu()
+    logits = _answer_logits(lm, layer, prompts, residuals, batch)
+    found = {index: at_answer.argmax(-1).cpu() for index, at_answer in logits}
     return [found[index] for index in range(len(prompts))]
 
 
@@ -129,15 +124,26 @@ def answer_nll(
         per prompt [A] fp32: −log P of each answer token, without the end token.
     """
     found: dict[int, Tensor] = {}
+    for index, logits in _answer_logits(lm, layer, prompts, residuals, batch):
+        answer = torch.tensor(prompts[index].tokens.answer_ids, device=logits.device)
+        found[index] = torch.nn.functional.cross_entropy(logits, answer, reduction="none").cpu()
+    return [found[index] for index in range(len(prompts))]
+
+
+def _answer_logits(
+    lm: LanguageModel,
+    layer: int,
+    prompts: Sequence[StoredPrompt],
+    residuals: Sequence[Tensor],
+    batch: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Each prompt's place in `prompts`, and its logits at e, …, e + A − 1: [A, vocabulary]."""
     for indices in length_batches([len(z) for z in residuals], batch):
         hidden = run_upper(lm, layer, [residuals[i] for i in indices])
         for row, index in enumerate(indices):
             tokens = prompts[index].tokens
             start, count = tokens.edit_from, len(tokens.answer_ids)
-            logits = lm.logits(hidden[row, start : start + count])
-            answer = torch.tensor(tokens.answer_ids, device=logits.device)
-            found[index] = torch.nn.functional.cross_entropy(logits, answer, reduction="none").cpu()
-    return [found[index] for index in range(len(prompts))]
+            yield index, lm.logits(hidden[row, start : start + count])
 
 
 @torch.no_grad()

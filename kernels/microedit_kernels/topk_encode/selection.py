@@ -1,4 +1,4 @@
-"""Top-k encode as trainer and server call it: the one place that chooses how."""
+"""Top-k encode in torch as trainer and server call it, by the way that suits the device."""
 
 import torch
 from torch import Tensor
