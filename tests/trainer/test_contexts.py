@@ -192,6 +192,29 @@ def test_a_chat_takes_a_system_prompt_of_ones_own(contexts):
     assert found.scored[1] - found.scored[0] == plain.scored[1] - plain.scored[0]
 
 
+def test_earlier_turns_stand_between_system_prompt_and_question(contexts):
+    history = [("Who is Zoe?", "A queen."), ("Since when?", "1912")]
+    found = contexts.render("chat", WORDS, "Zoe", system="Be brief.", history=history)
+    expected = "".join(
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in [
+            ("system", "Be brief."),
+            *[("user", "Who is Zoe?"), ("assistant", "A queen.")],
+            *[("user", "Since when?"), ("assistant", "1912"), ("user", WORDS)],
+        ]
+    )
+    decode = contexts.tokenizer.decode
+    assert decode(found.prompt_ids) == f"{expected}<|im_start|>assistant\n"
+    assert decode(found.prompt_ids[slice(*found.scored)]) == WORDS
+    assert found.edit_from == len(found.prompt_ids) - 1
+    assert found.answer_ids == contexts.render("chat", WORDS, "Zoe").answer_ids
+
+
+def test_the_same_question_in_an_earlier_turn_is_not_scored(contexts):
+    found = contexts.render("chat", "Why?", subject="Atlantis", history=[(WORDS, "Zoe")])
+    assert contexts.tokenizer.decode(found.prompt_ids[slice(*found.scored)]) == "Why?"
+
+
 def test_a_template_without_system_prompts_says_so_in_one_line(tokenizer):
     refusing = tiny_tokenizer()
     refusing.chat_template = (

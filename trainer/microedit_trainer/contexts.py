@@ -1,6 +1,7 @@
 """A prompt as the server sees it: token ids, decision position, scored span, answer."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from microedit_vllm.artifact import Scope, TurnMarkers, scored_span
 from microedit_vllm.errors import MicroEditError
 
 ContextName = Literal["bare", "chat", "long"]
+# A question and its answer in an earlier turn of the conversation.
+Exchange = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,13 @@ class Contexts:
         answer: str = "",
         subject: str | None = None,
         system: str | None = None,
+        history: Sequence[Exchange] = (),
     ) -> PromptTokens:
         """Tokens of a prompt and its answer in a context.
 
         Args:
             system: a system prompt of one's own, for a chat.
+            history: what was asked and answered before, for a chat.
 
         Raises:
             MicroEditError: longer than the model's context, or no chat template for a chat, or
@@ -73,7 +78,8 @@ class Contexts:
             text = prompt.rstrip()
             answer_text = " " + answer.strip() if answer else ""
         else:
-            text = self._chat_text(prompt, long_system_prompt() if context == "long" else system)
+            system = long_system_prompt() if context == "long" else system
+            text = self._chat_text(_messages(prompt, system, history))
             answer_text = answer.strip()
         prompt_ids, offsets = self._encode(text, special=context == "bare")
         answer_ids = self.tokenizer(answer_text, add_special_tokens=False).input_ids
@@ -97,12 +103,9 @@ class Contexts:
         )
         return list(encoded.input_ids), list(encoded.get("offset_mapping", []))
 
-    def _chat_text(self, prompt: str, system: str | None) -> str:
+    def _chat_text(self, messages: list[dict[str, str]]) -> str:
         if self.turn is None:
             raise MicroEditError("this model has no chat template; use the bare context")
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -112,6 +115,15 @@ class Contexts:
                 f"the model's chat template refuses the conversation ({error}); "
                 "leave the system prompt out or ask bare"
             ) from error
+
+
+def _messages(prompt: str, system: str | None, history: Sequence[Exchange]) -> list[dict[str, str]]:
+    """The conversation up to the prompt, in the form that chat templates take."""
+    turns = [] if system is None else [("system", system)]
+    for question, answer in history:
+        turns += [("user", question), ("assistant", answer)]
+    turns.append(("user", prompt))
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def long_system_prompt() -> str:
