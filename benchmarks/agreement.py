@@ -230,7 +230,8 @@ class Agreement:
         edited = self._rendered("edited", [own[i % len(own)] for i in range(half)])
         unrelated = self._rendered("unrelated", draw.sample(ordinary_lines(), half))
         if self.options.text is not None:
-            pool = ordinary_prompts(self.contexts, self.options.text)
+            kinds = ordinary_prompts(self.contexts, self.options.text)
+            pool = [prompt for prompts in kinds.values() for prompt in prompts]
             unrelated = [Asked("unrelated", "bare", p) for p in draw.sample(pool, half)]
         return draw.sample(edited + unrelated, 2 * half)
 

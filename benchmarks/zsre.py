@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ordinary import ordinary_prompts
+from benchmarks.ordinary import count_fires, fires_in_words, nq_questions, ordinary_prompts
 from microedit_trainer.contexts import Contexts
 from microedit_trainer.edit_run import EditRun, EditSettings
 from microedit_trainer.evaluation import TorchEngine, evaluate
@@ -58,11 +58,11 @@ class Bench:
             scores = evaluate(engine, rendering, facts, self.records[NEAR], name)  # type: ignore[arg-type]
             found[name] = {k: v for k, v in scores.to_json().items() if isinstance(v, float)}
         if self.text is not None and len(facts) > 1:
-            prompts = ordinary_prompts(rendering, self.text)
-            ards = engine.ards(prompts)
-            found["ordinary_fires"] = int((ards <= decision.tau).sum())
-            found["ordinary_total"] = len(prompts)
-            found["ordinary_smallest"] = float(ards.min())
+            # Those that calibrated τ may be in the SAE's text, with their questions.
+            others = [*self.records[: HOLD_OUT.start], *self.records[HOLD_OUT.stop :]]
+            traffic = ordinary_prompts(rendering, self.text, nq_questions(others), facts)
+            found["ordinary"] = count_fires(engine, traffic)
+            print(f"{len(facts)} facts: {fires_in_words(found['ordinary'])} ordinary prompts fire")
         return found
 
 
@@ -109,9 +109,8 @@ def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
     if len(parts) == 1:
         return parts[0]
     mean = dict(parts[0])
-    for key in ("seconds_per_edit", "seconds_whole_command", "tau", "ordinary_fires"):
-        if key in mean:
-            mean[key] = sum(p[key] for p in parts) / len(parts)
+    for key in ("seconds_per_edit", "seconds_whole_command", "tau"):
+        mean[key] = sum(p[key] for p in parts) / len(parts)
     mean["bare"] = {
         key: sum(p["bare"][key] for p in parts) / len(parts)
         for key in parts[0]["bare"]
