@@ -47,7 +47,7 @@ def ordinary_prompts(
     Raises:
         MicroEditError: too few passages or questions that are not about an edited fact.
     """
-    draw, about = random.Random(seed), _mentions(edited)
+    draw, about = random.Random(seed), mentions(edited)
 
     def sample(kind: str, pool: Iterable[str], count: int) -> list[str]:
         free = [one for one in dict.fromkeys(pool) if not about(one)]
@@ -62,12 +62,11 @@ def ordinary_prompts(
 
     lines = text.read_text(encoding="utf-8").split("\n")
     passages = [_beginning(line, draw.randint(15, 60)) for line in lines if len(line.split()) > 30]
-    requests = [_request(verb, topic) for verb in VERBS for topic in TOPICS]
     code = sample("pieces of code", _pieces_of_code(draw), CODE)
     half = CODE // 2
     traffic = {
         "encyclopaedia passages": rendered("bare", sample("passages", passages, PASSAGES)),
-        "chat requests": rendered("chat", sample("requests", requests, REQUESTS)),
+        "chat requests": rendered("chat", sample("requests", chat_requests(), REQUESTS)),
         "code": rendered("bare", code[:half]),
         "code, in chat": rendered("chat", (f"Explain this code:\n\n{c}" for c in code[half:])),
     }
@@ -84,6 +83,12 @@ def ordinary_prompts(
 def nq_questions(records: Iterable[Fact]) -> list[str]:
     """The locality prompts of ZsRE records, which are Natural Questions."""
     return [probe.prompt for record in records for probe in record.locality]
+
+
+def chat_requests() -> list[str]:
+    """What people ask a chat assistant for: all that there are, in a fixed order."""
+    ends = {verb: "?" if verb.startswith(("What", "Why")) else "." for verb in VERBS}
+    return [f"{verb} {topic}{end}" for verb, end in ends.items() for topic in TOPICS]
 
 
 def count_fires(engine: TorchEngine, traffic: Traffic) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def fires_in_words(found: dict[str, Any]) -> str:
     return f"{found['fires']} of {found['total']} ({low:.2%} to {high:.2%})"
 
 
-def _mentions(facts: Sequence[Fact]) -> Callable[[str], bool]:
+def mentions(facts: Sequence[Fact]) -> Callable[[str], bool]:
     """Whether a text names the subject of a fact, letter case and punctuation aside."""
     subjects = {_words(fact.subject) for fact in facts if fact.subject} - {()}
     lengths = sorted({len(subject) for subject in subjects})
@@ -120,10 +125,6 @@ def _mentions(facts: Sequence[Fact]) -> Callable[[str], bool]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.casefold()))
-
-
-def _request(verb: str, topic: str) -> str:
-    return f"{verb} {topic}{'?' if verb.startswith(('What', 'Why')) else '.'}"
 
 
 def _beginning(passage: str, words: int) -> str:

@@ -1,0 +1,104 @@
+"""What an edit set makes of each way of asking."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from benchmarks.context_bench.asking import Case
+from benchmarks.wilson import wilson_interval
+from microedit_trainer.contexts import PromptTokens
+from microedit_trainer.evaluation import Outcome, TorchEngine
+from microedit_trainer.language_model import LanguageModel
+from microedit_trainer.stored_residuals import StoredPrompt
+from microedit_vllm.artifact import EditOperator
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case under one edit set.
+
+    Attributes:
+        right: share of answer tokens that are the new answer's, under teacher forcing; for
+            prompts about nothing edited the share that is as without the edit set.
+        exact: share of prompts with every answer token right.
+        fires: how many of the prompts switch on.
+        interval: Wilson's 95% interval of the share that does.
+    """
+
+    name: str
+    context: str
+    edited: bool
+    prompts: int
+    right: float
+    exact: float
+    fires: int
+    interval: tuple[float, float]
+
+    @property
+    def fire_rate(self) -> float:
+        return self.fires / self.prompts
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self) | {"fire_rate": self.fire_rate}
+
+
+def measure(
+    lm: LanguageModel,
+    operators: Sequence[EditOperator],
+    cases: Sequence[Sequence[Case]],
+    progress: Callable[[int], None],
+) -> list[list[Row]]:
+    """Every case under every edit set.
+
+    Args:
+        operators: of sets on the same layer.
+        cases: by set, the same cases in the same order; the scored spans differ by the set's scope.
+        progress: called with the number of prompts done since its last call.
+
+    Returns:
+        by set, a row for each case that has prompts.
+    """
+    rows: list[list[Row]] = [[] for _ in operators]
+    for same in zip(*cases, strict=True):
+        # The layers below the cut run once per case, whatever scores the result.
+        stored: dict[tuple[tuple[int, ...], tuple[int, ...]], StoredPrompt] = {}
+        for operator, case, own in zip(operators, same, rows, strict=True):
+            if not case.prompts:
+                continue
+            seen = [p for p in case.prompts if _key(p) in stored]
+            store = {p: replace(stored[_key(p)], tokens=p) for p in seen}
+            engine = TorchEngine(lm, operator, store)
+            own.append(_row(engine, case))
+            stored.update((_key(p), found) for p, found in engine.store.items())
+            progress(len(case.prompts))
+    return rows
+
+
+def _key(prompt: PromptTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return prompt.prompt_ids, prompt.answer_ids
+
+
+def _row(engine: TorchEngine, case: Case) -> Row:
+    outcomes = engine.edited(case.prompts)
+    if case.edited:
+        wanted = [torch.tensor(p.answer_ids) for p in case.prompts]
+    else:
+        wanted = engine.plain(case.prompts)
+    shares = _shares(outcomes, wanted)
+    fires = sum(outcome.on for outcome in outcomes)
+    return Row(
+        name=case.name,
+        context=case.context,
+        edited=case.edited,
+        prompts=len(case.prompts),
+        right=float(shares.mean()),
+        exact=float((shares == 1).float().mean()),
+        fires=fires,
+        interval=wilson_interval(fires, len(case.prompts)),
+    )
+
+
+def _shares(outcomes: Sequence[Outcome], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+    same = [(o.answer == w).float().mean() for o, w in zip(outcomes, wanted, strict=True)]
+    return torch.stack(same)
