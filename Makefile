@@ -12,7 +12,7 @@ OLDER_TRITON_FOLDER := .triton-$(OLDER_TRITON)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak kernels-aot lint format clean
+.PHONY: help install demo test soak kernels-aot quality lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ $(OLDER_TRITON_FOLDER)/.installed: | $(INSTALLED)
 	    { echo "make kernels-aot: cannot get triton $(OLDER_TRITON)" >&2; exit 1; }
 	touch $@
 
+# The model is the demo's; the records are not ours to ship.
+quality: $(INSTALLED) ## every table and picture of docs/quality.md, in hours; ARGS='--data FOLDER'
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,6 +63,6 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and what tools left; the demo's cache stays
+clean: ## remove .venv and what tools left; the caches of demo and quality stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo \
 	    .triton-*

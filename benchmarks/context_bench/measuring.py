@@ -1,7 +1,8 @@
 """What an edit set makes of each way of asking."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -41,6 +42,12 @@ class Row:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"fire_rate": self.fire_rate}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Row":
+        """The row that `to_json` told."""
+        own = {field.name: found[field.name] for field in fields(cls)}
+        return cls(**{**own, "interval": tuple(own["interval"])})
 
 
 def measure(

@@ -52,7 +52,7 @@ def typos(prompt: str, subject: str, inside: bool, count: int, seed: int) -> str
 
 def _mistyped(pair: str, draw: random.Random) -> str:
     """Two letters with the first of them wrong."""
-    first, second = pair
+    first, second = pair[0], pair[1]
     other = draw.choice([c for c in string.ascii_lowercase if c != first.lower()])
     ways = [second, first + first + second, other + second]
     if first != second:

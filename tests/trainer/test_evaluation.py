@@ -135,6 +135,13 @@ def test_swapped_prompts_ask_about_the_other_records_subjects(contexts):
     assert found.fire_near_swapped == 0.5
 
 
+def test_swapped_prompts_can_be_about_subjects_of_ones_own(contexts):
+    engine = ScriptedEngine(contexts.tokenizer, {})
+    evaluate(engine, contexts, [FACT_B], OTHERS, "bare", subjects=["Ur"])
+    assert "The king of Ur is called" in engine.asked
+    assert "The king of Chile is called" not in engine.asked
+
+
 def test_what_cannot_be_scored_is_none_not_a_figure(contexts):
     bare = [Fact("The capital of Peru is", "abc")]
     found, _ = score(contexts, {}, bare, [])

@@ -196,6 +196,7 @@ def evaluate(
     facts: Sequence[Fact],
     others: Sequence[Fact],
     context: ContextName,
+    subjects: Sequence[str] | None = None,
 ) -> Scores:
     """Score an edit set.
 
@@ -203,6 +204,8 @@ def evaluate(
         facts: the edited facts.
         others: records of the same kind that were neither edited nor calibrated on.
         context: how the prompts are asked.
+        subjects: what the edited prompts are asked about instead, for `near_swapped`; default: what
+            `others` are about.
     """
 
     def render(prompt: str, answer: str, subject: str | None = None) -> PromptTokens:
@@ -219,7 +222,8 @@ def evaluate(
     ppl = engine.perplexities(edited)
     loc, fire_loc = _agreement(engine, [render(*_probe(p)) for f in facts for p in f.locality])
     near, fire_near = _agreement(engine, [render(f.prompt, f.target) for f in others])
-    subjects = [other.subject for other in others if other.subject]
+    if subjects is None:
+        subjects = [other.subject for other in others if other.subject]
     swapped = [render(p, facts[0].target) for p in swap_subjects(facts, subjects)]
     near_swapped, fire_swapped = _agreement(engine, swapped)
     assert rel is not None and rel_exact is not None

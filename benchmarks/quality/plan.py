@@ -1,0 +1,60 @@
+"""How many facts each table edits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.quality.records import Chosen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    few: of a set that is small on purpose.
+    some, more: of ZsRE, jointly and (some) sequentially.
+    all_records: every record of ZsRE and CounterFact.
+    budgets: decoder rows in each of the two changes, by what is edited; None: all of them.
+    ablated: what the variations edit.
+    vary_sae: whether SAEs are among the variations; each takes minutes to hours to train.
+    """
+
+    few: Chosen
+    some: Chosen
+    more: Chosen
+    all_records: Chosen
+    selfcheck: Chosen
+    budgets: Mapping[Chosen, tuple[int | None, ...]]
+    ablated: tuple[Chosen, ...]
+    vary_sae: bool
+
+
+def zsre(count: int, counterfact: int = 0) -> Chosen:
+    """So many ZsRE records, and so many of CounterFact."""
+    own = (("zsre", count),)
+    return (*own, ("counterfact", counterfact)) if counterfact else own
+
+
+FULL = Plan(
+    few=zsre(10),
+    some=zsre(100),
+    more=zsre(300),
+    all_records=zsre(600, 1000),
+    selfcheck=(("selfcheck", 100),),
+    budgets={
+        zsre(10): (50, 100, 250, 500, None),
+        zsre(100): (250, 500, 1000, 1500, 3000, None),
+        zsre(300, 700): (1000, 2000, 3000, None),
+    },
+    ablated=(zsre(100), zsre(300)),
+    vary_sae=True,
+)
+# To try the whole way: minutes, and figures that mean little.
+QUICK = Plan(
+    few=zsre(4),
+    some=zsre(10),
+    more=zsre(30),
+    all_records=zsre(310, 10),
+    selfcheck=(("selfcheck", 10),),
+    budgets={zsre(10): (100, 500, None), zsre(20, 10): (500, None)},
+    ablated=(zsre(10),),
+    vary_sae=False,
+)

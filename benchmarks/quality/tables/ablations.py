@@ -1,0 +1,78 @@
+"""What each choice of the joint solver, of the run and of the SAE is worth."""
+
+from typing import Any
+
+from benchmarks.quality import recipe
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.figures import SCORES_HEADER, score, scores, size
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.page import Section
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.records import Chosen, in_words
+from benchmarks.quality.tables.experiments import main_experiments
+from microedit_trainer.solvers.joint import RidgeSettings
+from microedit_trainer.solvers.targets import TargetSettings
+from microedit_vllm.artifact import Scope
+
+Variations = dict[str, dict[str, Any]]
+
+NAME = "ablations"
+TEXT = """
+One choice changed at a time, the joint solver. *as shipped* is the row of the main table.
+"""
+HEADER = (
+    *("facts", "changed", *SCORES_HEADER, "chat Rel", "chat Gen"),
+    *("τ", "rows to score + to edit"),
+)
+# Fields of `JointSolver`, of `EditSettings`, of `SaeSettings`, by the name in the table.
+SOLVER: Variations = {
+    "scoring ridge × 0.1": {"scoring": RidgeSettings(ridge=1e-3, unchanged_weight=1.0)},
+    "scoring ridge × 10": {"scoring": RidgeSettings(ridge=1e-1, unchanged_weight=1.0)},
+    "scoring holds nothing else": {"scoring": RidgeSettings(ridge=1e-2, unchanged_weight=0.0)},
+    "edit ridge × 10": {"edit": RidgeSettings(ridge=3e-2, unchanged_weight=0.03)},
+    "edit holds nothing else": {"edit": RidgeSettings(ridge=3e-3, unchanged_weight=0.0)},
+    "θ for 2 k latents": {"latents_per_k": 2},
+    "θ for 20 k latents": {"latents_per_k": 20},
+    "targets of 15 steps": {"targets": TargetSettings(steps=15)},
+    "targets of 60 steps": {"targets": TargetSettings(steps=60)},
+}
+SETTINGS: Variations = {
+    "trained bare alone": {"contexts": ("bare",)},
+    "trained in chat alone": {"contexts": ("chat",)},
+    "near prompts on: 1%": {"near_rate": 0.01},
+    "near prompts on: 10%": {"near_rate": 0.1},
+    "runs of 8 tokens": {"scope": Scope(run=8)},
+    "the last 16 tokens as one run": {"scope": Scope(last=16, run=0)},
+}
+SAES: Variations = {
+    "k halved": {"k": recipe.SAE["k"] // 2},
+    "k doubled": {"k": recipe.SAE["k"] * 2},
+    "twice as wide": {"width": recipe.SAE["width"] * 2},
+    "four layers lower": {"layer": recipe.SAE["layer"] - 4},
+    "without records in its text": recipe.SAE_WITHOUT_RECORDS,
+}
+
+
+def section(lab: Lab, plan: Plan) -> Section:
+    """Build it."""
+    lines = []
+    for facts in plan.ablated:
+        for name, experiment in experiments(plan, facts).items():
+            lab.say(f"ablations: {in_words(facts)}, {name}")
+            figures = lab.scores(experiment)
+            chat = figures.get("chat", {})
+            line = [in_words(facts), name, *scores(figures["bare"])]
+            line += [score(chat.get("rel")), score(chat.get("gen"))]
+            lines.append([*line, f"{figures['tau']:.3f}", size(figures)])
+    return Section(NAME, "Ablations", TEXT, HEADER, lines)
+
+
+def experiments(plan: Plan, facts: Chosen) -> dict[str, Experiment]:
+    """What is varied, by its name in the table."""
+    shipped = {e.facts: e for e in main_experiments(plan).values() if e.solver == "joint"}
+    found = {"as shipped": shipped.get(facts, Experiment(facts))}
+    found |= {name: Experiment(facts, options=options) for name, options in SOLVER.items()}
+    found |= {name: Experiment(facts, settings=settings) for name, settings in SETTINGS.items()}
+    if plan.vary_sae:
+        found |= {name: Experiment(facts, sae=sae) for name, sae in SAES.items()}
+    return found

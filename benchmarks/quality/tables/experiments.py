@@ -1,0 +1,15 @@
+"""The experiments that several tables are about."""
+
+from benchmarks.quality import recipe
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.plan import Plan
+
+
+def main_experiments(plan: Plan) -> dict[str, Experiment]:
+    """The rows of the main table, by a name for each."""
+    return {
+        "some": Experiment(plan.some, timed=True),
+        "more": Experiment(plan.more, timed=True),
+        "all": Experiment(plan.all_records, sae=recipe.SAE_WITHOUT_RECORDS, timed=True),
+        "sequential": Experiment(plan.some, solver="sequential", timed=True),
+    }

@@ -1,0 +1,55 @@
+"""False fires on ordinary traffic, at every size of the main table."""
+
+from functools import partial
+
+from benchmarks.ordinary import count_fires, nq_questions, ordinary_prompts
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.page import Section
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.records import HOLD_OUT, in_words
+from benchmarks.quality.store import Figures
+from benchmarks.quality.tables.experiments import main_experiments
+
+NAME = "ordinary"
+MOST = 2
+TEXT = """
+1,000 requests, none of which names an edited subject: passages of an encyclopaedia, chat
+requests, Python code, Natural Questions with and without ZsRE's prefix. The interval of the share
+is Wilson's, at 95%. *Nearest* is the smallest ARD among them, where the switch is on at τ and
+below.
+"""
+HEADER = ("facts", "solver", "switch on", "95% interval", "nearest", "τ", "by kind")
+
+
+def section(lab: Lab, plan: Plan) -> Section:
+    """Build it."""
+    lines = []
+    for experiment in (Experiment(plan.few), *main_experiments(plan).values()):
+        lab.say(f"ordinary: {in_words(experiment.facts)}, {experiment.solver}")
+        found = lab.row("ordinary", experiment, partial(_count, lab, experiment))
+        low, high = found["interval"]
+        count = f"{found['fires']} of {found['total']}"
+        kinds = [f"{on} of {total} {kind}" for kind, (on, total) in found["kinds"].items() if on]
+        lines.append(
+            [
+                in_words(experiment.facts),
+                experiment.solver,
+                count if found["fires"] <= MOST else f"**{count}** (> {MOST})",
+                f"{low:.2%} to {high:.2%}",
+                f"{found['smallest_ard']:.3f}",
+                f"{found['tau']:.3f}",
+                ", ".join(kinds) or "–",
+            ]
+        )
+    return Section(NAME, "Ordinary traffic", TEXT, HEADER, lines)
+
+
+def _count(lab: Lab, experiment: Experiment) -> Figures:
+    engine, zsre = lab.engine(experiment), lab.records.zsre
+    # The questions of the others may be in the SAE's text.
+    questions = nq_questions([*zsre[: HOLD_OUT.start], *zsre[HOLD_OUT.stop :]])
+    edited = lab.split(experiment).edited
+    traffic = ordinary_prompts(lab.contexts(experiment), lab.records.text, questions, edited)
+    tau = engine.operator.edit_set.manifest.decision.tau
+    return {**count_fires(engine, traffic), "tau": tau}

@@ -1,0 +1,257 @@
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import recipe
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.figures import score, scores
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.page import Section, markdown_table, paragraphs, write_page
+from benchmarks.quality.plan import FULL, QUICK, zsre
+from benchmarks.quality.records import Records, Split, in_words
+from benchmarks.quality.store import ResultStore, digest
+from benchmarks.quality.tables import ablations, budgets, main, selfcheck
+from benchmarks.quality.tables.experiments import main_experiments
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.facts import Fact
+from microedit_vllm.artifact import Scope
+from microedit_vllm.errors import MicroEditError
+from tests.builders import tiny_sae
+from tests.tiny_model import tiny_model
+from tests.trainer.tiny_edits import FACTS
+
+
+def zsre_record(i: int) -> dict:
+    return {
+        "src": f"Who founded the club number {i} of Ur?",
+        "alt": f"Zoe {i}",
+        "rephrase": f"By whom was the club number {i} of Ur founded?",
+        "loc": f"nq question: who sang song {i}",
+        "loc_ans": "Ann",
+        "subject": f"club number {i}",
+    }
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Records:
+    folder = tmp_path_factory.mktemp("records")
+    counterfact = [
+        {
+            "prompt": f"The river R{i} flows through",
+            "target_new": "Oz",
+            "subject": f"R{i}",
+            "rephrase_prompt": f"R{i} is in",
+            # Every fourth is about another edited river.
+            "locality_prompt": f"The river {'R1' if i % 4 == 0 else f'Q{i}'} flows through",
+            "locality_ground_truth": "Ur",
+        }
+        for i in range(40)
+    ]
+    selfcheck = [
+        {
+            "prompt": f"A passage about man {chr(97 + i % 26)}. He was",
+            "target_new": "a king.",
+            "subject": f"man {chr(97 + i % 26)}",
+        }
+        for i in range(60)
+    ]
+    for name, lines in (
+        ("zsre", [zsre_record(i) for i in range(600)]),
+        ("counterfact", counterfact),
+        ("selfcheckgpt", selfcheck),
+    ):
+        (folder / f"{name}_dev.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return Records(folder)
+
+
+def prompts(facts) -> set[str]:
+    return {fact.prompt for fact in facts}
+
+
+@pytest.mark.parametrize("chosen", [zsre(10), zsre(300), zsre(300, 40), (("selfcheck", 10),)])
+def test_edited_calibrating_and_near_records_are_never_the_same(records, chosen):
+    split = records.split(chosen)
+    assert len(split.edited) == sum(count for _, count in chosen)
+    assert split.hold_out and split.near and split.subjects
+    parts = [prompts(part) for part in (split.edited, split.hold_out, split.near)]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    own = {fact.subject for fact in split.edited}
+    assert not own & set(split.subjects)
+    if chosen[0][0] == "selfcheck":
+        assert not own & {fact.subject for fact in (*split.hold_out, *split.near)}
+
+
+def test_where_all_of_zsre_is_edited_other_prompts_are_near(records):
+    split = records.split(zsre(600, 40))
+    assert len(split.edited) == 640
+    assert split.hold_out == ()
+    assert prompts(split.near) == {f"The river Q{i} flows through" for i in range(40) if i % 4}
+    assert set(split.subjects) == {f"Man {chr(65 + i)}" for i in range(26)}
+    assert [bool(fact.locality) for fact in split.edited] == [True] * 600 + [False] * 40
+
+
+def test_only_held_out_records_are_in_the_saes_text(records):
+    lines = records.held_out_lines().decode().splitlines()
+    assert [json.loads(line) for line in lines] == [zsre_record(i) for i in range(300, 400)]
+
+
+def test_a_missing_or_short_file_is_one_line(tmp_path):
+    with pytest.raises(MicroEditError, match="is missing; name the records' folder"):
+        Records(tmp_path).split(zsre(1))
+    (tmp_path / "zsre_dev.jsonl").write_text(json.dumps(zsre_record(0)))
+    with pytest.raises(MicroEditError, match="has 1 records, not 600"):
+        Records(tmp_path).split(zsre(1))
+
+
+def test_a_mix_is_named():
+    assert in_words(zsre(600, 1000)) == "600 ZsRE, 1000 CounterFact"
+
+
+def test_results_are_measured_once_each(tmp_path):
+    store, measured = ResultStore(tmp_path / "rows"), []
+
+    def measure(value):
+        measured.append(value)
+        return {"value": [value, 0.1]}
+
+    for _ in range(2):
+        for value in (1, 2):
+            described = {"value": value, "scope": Scope()}
+            assert store.get("a", described, lambda v=value: measure(v)) == {"value": [value, 0.1]}
+    assert measured == [1, 2]
+    store.get("b", {"value": 1, "scope": Scope()}, lambda: measure(3))
+    assert measured == [1, 2, 3]
+    with pytest.raises(ZeroDivisionError):
+        store.get("a", {"value": 4}, lambda: {"x": 1 / 0})
+    assert len(list((tmp_path / "rows").iterdir())) == 3  # nothing half-written
+
+
+def test_a_description_tells_scopes_and_solvers_apart():
+    assert digest({"a": Scope(run=8)}) != digest({"a": Scope(run=16)})
+    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+
+
+def section(name: str, cell: str, **pictures) -> Section:
+    return Section(name, f"About {name}", "Some\ntext.", ("a", "b"), [(cell, "1|2")], pictures)
+
+
+def test_a_page_keeps_the_sections_that_are_not_built(tmp_path):
+    page, order = tmp_path / "docs" / "quality.md", ("one", "two", "three")
+    write_page(page, "Model: x.", [section("three", "old"), section("one", "first")], order)
+    write_page(page, "Model: y.", [section("three", "new", rows=b"png")], order)
+    text = page.read_text()
+    assert text.index("About one") < text.index("About three")
+    assert "| first | 1\\|2 |" in text and "Some text." in text
+    assert "new" in text and "old" not in text
+    assert "Model: y." in text and "Model: x." not in text
+    assert "![About three](quality_rows.png)" in text
+    assert (page.parent / "quality_rows.png").read_bytes() == b"png"
+    write_page(page, "Model: y.", [], order)
+    assert page.read_text() == text
+
+
+def test_markdown():
+    assert paragraphs("\na\nb\n\nc\n") == "a b\n\nc"
+    assert markdown_table(("x", "y"), [("1", "2")]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_a_missed_bar_stands_behind_its_figure():
+    assert score(0.91, 0.9) == "0.910"
+    assert score(0.89, 0.9) == "**0.890** (< 0.9)"
+    assert score(None, 0.9) == "–"
+    found = {"rel": 1.0, "gen": 0.5, "loc": 1.0, "near": None, "near_swapped": 0.9}
+    assert scores(found, {"gen": 0.6})[:4] == ["1.000", "**0.500** (< 0.6)", "1.000", "–"]
+
+
+@pytest.fixture(scope="module")
+def lab(records, tmp_path_factory) -> Lab:
+    """A tiny model, an SAE of random numbers, and four facts in place of all records."""
+    folder = tmp_path_factory.mktemp("lab")
+    model = tiny_model(folder / "model")
+    report = {"layer": 1, "max_norm": 1e4, "mean_distance": 30.0, "fvu": 0.5}
+    replace(tiny_sae(d=32, n=256, k=8), report=report).save(folder / "sae")
+
+    class Few(Records):
+        def split(self, chosen):
+            near = [Fact("Who is the king of Ur?", "Bo")]
+            return Split(FACTS[: chosen[0][1]], (), near, ["Ur", "Oz"])
+
+    console = Console(file=io.StringIO())
+    return Lab(str(model), Few(records.folder), folder / "work", folder / "sae", console, True)
+
+
+def test_a_row_is_measured_once_and_again_when_something_changed(lab, monkeypatch):
+    made = []
+    edit = EditRun.edit
+
+    def counted(self, facts, out, progress):
+        made.append(len(facts))
+        return edit(self, facts, out, progress)
+
+    monkeypatch.setattr(EditRun, "edit", counted)
+    first = lab.scores(Experiment(zsre(2)))
+    assert lab.scores(Experiment(zsre(2))) == first
+    assert (first["facts"], first["near"], made) == (2, 1, [2])
+    assert set(first) >= {"bare", "chat", "tau", "rows", "seconds_per_edit", "share_of_decoder"}
+    assert sum(first["rows"]) == round(first["share_of_decoder"] * 256)
+    lab.scores(Experiment(zsre(2), options=budgets.options(20)))
+    lab.scores(Experiment(zsre(2), settings={"scope": Scope(last=8, run=0)}))
+    lab.scores(Experiment(zsre(2), solver="sequential", options={"steps_edit": 2}))
+    assert made == [2] * 4
+    lab.forget_results()
+    lab.scores(Experiment(zsre(2)))
+    assert made == [2] * 5
+    assert list((lab.work / "targets").glob("*.safetensors"))
+
+
+def test_tables_are_built_from_their_experiments(lab):
+    plan = replace(
+        QUICK,
+        some=zsre(2),
+        more=zsre(3),
+        all_records=zsre(4),
+        selfcheck=zsre(3),
+        budgets={zsre(2): (20, None)},
+    )
+    found = main.section(lab, plan)
+    assert [line[:3] for line in found.lines[::2]] == [
+        ["2 ZsRE", "joint", "bare"],
+        ["3 ZsRE", "joint", "bare"],
+        ["4 ZsRE", "joint", "bare"],
+        ["2 ZsRE", "sequential", "bare"],
+    ]
+    for table in (main, selfcheck, budgets):
+        found = table.section(lab, plan)
+        assert {len(line) for line in found.lines} == {len(found.header)}
+        assert all(image.startswith(b"\x89PNG") for image in found.pictures.values())
+
+
+def test_every_variation_changes_something_and_can_be_solved():
+    sae = replace(tiny_sae(), report={"mean_distance": 1.0})
+    for plan in (FULL, QUICK):
+        shipped = ablations.experiments(plan, plan.ablated[0])["as shipped"]
+        assert shipped == main_experiments(plan)["some"]
+        for name, found in ablations.experiments(plan, plan.ablated[0]).items():
+            found.build_solver(sae)
+            if name != "as shipped":
+                assert found.build_settings() != shipped.build_settings() or (
+                    (found.build_solver(sae), {**recipe.SAE, **found.sae})
+                    != (shipped.build_solver(sae), recipe.SAE)
+                ), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--only", "main,magic"], "no table 'magic'"), (["--quick"], "name another --out")],
+)
+def test_a_wrong_option_is_one_line(words, message):
+    app = typer.Typer()
+    app.command()(command.quality)
+    found = CliRunner().invoke(app, words)
+    assert isinstance(found.exception, MicroEditError) and message in str(found.exception)
