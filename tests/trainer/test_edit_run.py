@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from microedit_trainer.edit_run import EditRun, EditSettings, ordinary_lines
 from microedit_trainer.facts import Fact, prompt_digest
-from microedit_trainer.solvers import joint, sequential
+from microedit_trainer.solvers import executors, sequential
 from microedit_vllm.artifact import (
     EditOperator,
     EditSet,
@@ -134,7 +134,7 @@ def test_a_killed_run_gives_what_an_unbroken_one_gives(made, run_of, tmp_path, m
     assert not out.exists()
     solved = []
     owner, solve = (
-        (joint, "solve_targets") if name == "joint" else (sequential.SequentialSolver, "_edit")
+        (executors, "solve_targets") if name == "joint" else (sequential.SequentialSolver, "_edit")
     )
     original = getattr(owner, solve)
     monkeypatch.setattr(owner, solve, lambda *a: solved.append(a) or original(*a))

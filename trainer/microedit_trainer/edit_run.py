@@ -21,7 +21,7 @@ from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
 from microedit_trainer.golden_prompts import golden_prompts
 from microedit_trainer.language_model import LanguageModel, Progress
-from microedit_trainer.solvers import EditProblem, Solution, Solver
+from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
 from microedit_trainer.solvers.resume import open_work_folder
 from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
 from microedit_vllm.artifact import (
@@ -62,6 +62,7 @@ class EditSettings:
         hold_out: records of the same kind as the facts, for τ alone; never edited.
         targets: folder in which the joint solver keeps the facts' targets for later runs.
         language: which language the facts were read in, for the record; see `read_facts`.
+        executor: who finds the joint solver's targets; they are the same whoever does.
     """
 
     solver: Solver
@@ -73,6 +74,7 @@ class EditSettings:
     hold_out: Sequence[Fact] = field(default=())
     targets: Path | None = None
     language: str | None = None
+    executor: Executor = field(default_factory=InProcess)
 
     def __post_init__(self) -> None:
         """Raises MicroEditError: a τ that no ARD can be compared with."""
@@ -123,6 +125,7 @@ class EditRun:
             work_folder=work,
             targets_folder=self.settings.targets,
             origin=json.dumps([fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]),
+            executor=self.settings.executor,
         )
         solution = self.settings.solver.solve(problem, progress)
         edit_set = self._finish(facts, problem, solution, out, time.monotonic() - started)

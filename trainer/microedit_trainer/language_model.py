@@ -116,19 +116,29 @@ class LanguageModel:
             hook.remove()
         return caught[0]
 
-    def upper(self, z: Tensor, layer: int) -> Tensor:
-        """Final hidden states from z: [B, S, d] → [B, S, d]; differentiable in z."""
+    def upper(self, z: Tensor, layer: int, **inputs: Any) -> Tensor:
+        """Final hidden states from z: [B, S, d] → [B, S, d]; differentiable in z.
+
+        Args:
+            inputs: what else the model's own forward shall get: a cache, a mask, positions.
+        """
         placeholder = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
+        inputs = {"input_ids": placeholder, "use_cache": False} | inputs
         with self._injected(z, layer):
-            return self.model.base_model(input_ids=placeholder, use_cache=False).last_hidden_state
+            return self.model.base_model(**inputs).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output logits: [N, d] final hidden states → [N, vocabulary], fp32."""
         config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden).float()
-        # Cohere multiplies, Granite divides, Gemma caps.
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        # Cohere multiplies, Granite divides, Gemma caps. By a 1 neither is done: over a whole
+        # vocabulary, with a gradient, it costs.
+        factor = getattr(config, "logit_scale", None) or 1.0
+        if factor != 1.0:
+            logits = logits * factor
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        if divisor != 1.0:
+            logits = logits / divisor
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 

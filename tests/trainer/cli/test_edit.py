@@ -4,9 +4,12 @@ import sys
 
 import pytest
 
+from microedit_trainer.edit_run import EditRun
 from microedit_trainer.facts import prompt_digest
+from microedit_trainer.solvers import InProcess, Processes, RayCluster
 from microedit_vllm.artifact import EditSet, SparseAutoencoder
 from microedit_vllm.cli.main import main
+from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_sae
 from tests.tiny_model import tiny_model
 from tests.trainer.tiny_edits import FACTS
@@ -75,6 +78,39 @@ def test_options_reach_the_solver(edit, tmp_path):
     manifest = EditSet.load(tmp_path / "set").manifest
     assert (manifest.decision.alpha, manifest.position) == (99.0, "sequence")
     assert manifest.hyperparameters["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "executor"),
+    [
+        ([], InProcess),
+        (["--workers", "1"], InProcess),
+        (["--workers", "3"], lambda: Processes(3)),
+        (["--ray"], lambda: RayCluster(None)),
+        (["--ray", "--workers", "5"], lambda: RayCluster(5)),
+    ],
+)
+def test_the_executor_is_the_one_asked_for(options, monkeypatch, words, executor):
+    given = []
+
+    def build(self, lm, sae, sae_folder, settings):
+        given.append(settings.executor)
+        raise MicroEditError("seen")
+
+    monkeypatch.setattr(EditRun, "__init__", build)
+    options = [word for pair in options.items() for word in pair]
+    with pytest.raises(SystemExit):
+        main(["edit", *options, *words])
+    (found,) = given
+    assert type(found) is type(executor())
+    assert vars(found) == vars(executor())
+
+
+@pytest.mark.parametrize("words", [{"--workers": "2"}, {"--ray": "--tau=0.5"}])
+def test_the_sequential_solver_has_nothing_to_spread(edit, tmp_path, words):
+    status, _, err = edit(SEQUENTIAL | words)
+    assert_one_line(status, err, "one fact after another; leave --workers and --ray out")
+    assert not (tmp_path / "set").exists()
 
 
 def test_contradictions_are_shown(edit, tmp_path):
@@ -211,9 +247,9 @@ def test_a_folder_that_is_something_else_stays(edit, tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_the_run_goes_on_when_given_again(edit, tmp_path, monkeypatch):
-    from microedit_trainer.solvers import joint
+    from microedit_trainer.solvers import executors
 
-    solve, calls = joint.solve_targets, []
+    solve, calls = executors.solve_targets, []
 
     def pressed(*arguments):
         calls.append(arguments)
@@ -223,7 +259,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_when_given_again(edit, tmp_path,
 
     many = [{"prompt": f"The friend of number {n} is", "target": "Al"} for n in range(10)]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in many))
-    monkeypatch.setattr(joint, "solve_targets", pressed)
+    monkeypatch.setattr(executors, "solve_targets", pressed)
     status, _, err = edit({})  # 20 prompts: two batches
     assert (status, err) == (130, "microedit: interrupted\n")
     assert not (tmp_path / "set").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from microedit_trainer.facts import Fact
-from microedit_trainer.solvers import joint
+from microedit_trainer.solvers import executors
 from microedit_trainer.solvers.joint import RidgeSettings
 from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
@@ -166,7 +166,7 @@ def test_kept_targets_serve_another_choice_of_facts(lm, sae, tmp_path, monkeypat
         solved.append(len(batch))
         return solve_targets(lm, layer, batch, settings)
 
-    monkeypatch.setattr(joint, "solve_targets", counting)
+    monkeypatch.setattr(executors, "solve_targets", counting)
 
     def solve(facts, work):
         problem = tiny_problem(lm, sae, tmp_path / work, facts, ("bare",))

@@ -13,6 +13,7 @@ from microedit_trainer.cli.progress import counting
 from microedit_vllm.errors import MicroEditError
 
 if TYPE_CHECKING:
+    from microedit_trainer.solvers import Executor
     from microedit_vllm.artifact import EditSet
 
 
@@ -66,6 +67,22 @@ def edit(
             "or taken out, those that are there are not solved again."
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="joint: find targets in N processes, each with the model in memory and its share "
+            "of the threads. The set is the same. With --ray: at most N batches at a time.",
+        ),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="joint: find targets on a Ray cluster, that of RAY_ADDRESS or else one started "
+            "here. Every node needs the model under the same path, or as a hub id.",
+        ),
+    ] = False,
     rows_per_fact: Annotated[int, typer.Option(min=1, help="joint: row budget.")] = 15,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
@@ -93,6 +110,7 @@ def edit(
         split = read_split(data, hold_out, hold_out_seed, limit, language)
         stated = f"held out for τ, never edited: {split.description}"
         console.print(stated, markup=False, highlight=False, soft_wrap=True)
+    executor = _executor(solver, workers, ray)
     encoder = SparseAutoencoder.load(sae)
     chosen: Solver
     if solver is SolverName.joint:
@@ -114,12 +132,27 @@ def edit(
         hold_out=split.held_out,
         targets=targets,
         language=language,
+        executor=executor,
         contexts=tuple(c.value for c in context) if context else None,
     )
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
     with counting(console, "editing", run.units(split.edited)) as progress:
         edit_set = run.edit(split.edited, out, progress)
     _report(console, edit_set, out)
+
+
+def _executor(solver: SolverName, workers: int | None, ray: bool) -> "Executor":
+    """Who finds the targets."""
+    from microedit_trainer.solvers import InProcess, Processes, RayCluster
+
+    if solver is SolverName.sequential and (workers is not None or ray):
+        raise MicroEditError(
+            "the sequential solver edits one fact after another; leave --workers and --ray out, "
+            "or take --solver joint"
+        )
+    if ray:
+        return RayCluster(workers)
+    return InProcess() if workers in (None, 1) else Processes(workers)
 
 
 def _report(console: Console, edit_set: "EditSet", out: Path) -> None:

@@ -7,6 +7,7 @@ adds the targets' δ* from the decision position on.
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from microedit_trainer.solvers.ridge import (
     strongest_rows,
     survey,
 )
-from microedit_trainer.solvers.targets import TargetSettings, solve_targets
+from microedit_trainer.solvers.targets import TargetSettings
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
@@ -94,13 +95,15 @@ class JointSolver:
         if found:
             progress(len(found))
         missing = [place for place in range(len(prompts)) if place not in found]
-        for start in range(0, len(missing), self.targets.batch):
-            places = missing[start : start + self.targets.batch]
-            batch = [prompts[place] for place in places]
-            deltas = solve_targets(problem.lm, problem.layer, batch, self.targets)
-            store.write(batch, deltas)
-            found.update(zip(places, deltas, strict=True))
-            progress(len(batch))
+        size = self.targets.batch
+        places = [missing[start : start + size] for start in range(0, len(missing), size)]
+        batches = [[prompts[place] for place in batch] for batch in places]
+        run = problem.executor.targets(problem.lm, problem.layer, self.targets, batches)
+        with closing(run) as done:
+            for number, deltas in done:
+                store.write(batches[number], deltas)
+                found.update(zip(places[number], deltas, strict=True))
+                progress(len(deltas))
         return [found[place].to(problem.ordinary.device) for place in range(len(prompts))]
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:

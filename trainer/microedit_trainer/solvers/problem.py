@@ -1,13 +1,14 @@
 """What a solver gets and what it gives, whichever solver it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from microedit_trainer.language_model import LanguageModel, Progress
+from microedit_trainer.solvers.executors import Executor, InProcess
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 
@@ -23,6 +24,7 @@ class EditProblem:
         targets_folder: where the joint solver keeps targets for later runs; None keeps them in the
             work folder.
         origin: the model and layer as a stored target names them.
+        executor: who finds the joint solver's targets.
     """
 
     lm: LanguageModel
@@ -33,6 +35,7 @@ class EditProblem:
     work_folder: Path
     targets_folder: Path | None = None
     origin: str = ""
+    executor: Executor = field(default_factory=InProcess)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.stored_residuals import StoredPrompt
+from microedit_trainer.upper_tails import upper_tails
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,22 @@ def solve_targets(
     Returns:
         per prompt [A + 1, d] fp32, the change of z at the positions in `StoredPrompt.edited`.
     """
-    z = torch.nn.utils.rnn.pad_sequence([p.z for p in prompts], batch_first=True)
-    rows, positions, wanted = _answer_positions(prompts)
-    rows, positions, wanted = (t.to(z.device) for t in (rows, positions, wanted))
-    norms = z[rows, positions].float().norm(dim=-1, keepdim=True)
-    delta = torch.zeros(len(rows), z.shape[-1], device=z.device, requires_grad=True)
+    z = torch.cat([p.z[p.edited] for p in prompts])
+    wanted = torch.cat([p.answer_with_end for p in prompts]).to(z.device)
+    starts = [p.edited.start for p in prompts]
+    upper = upper_tails(lm, layer, [p.z for p in prompts], starts)
+    norms = z.float().norm(dim=-1, keepdim=True)
+    delta = torch.zeros(z.shape, device=z.device, requires_grad=True)
     optimizer = torch.optim.Adam(
         [delta], lr=settings.lr / math.sqrt(z.shape[-1]), betas=(0.9, 0.99)
     )
     for _ in range(settings.steps):
         # One rounding to the stream's dtype after the fp32 sum, as the server does it.
-        changed = (z[rows, positions].float() + delta * norms).to(z.dtype)
-        hidden = lm.upper(z.index_put((rows, positions), changed), layer)
-        losses = F.cross_entropy(lm.logits(hidden[rows, positions]), wanted, reduction="none")
+        hidden = upper((z.float() + delta * norms).to(z.dtype))
+        losses = F.cross_entropy(lm.logits(hidden), wanted, reduction="none")
         loss = losses[losses > settings.learnt].sum() + settings.penalty * delta.square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     found = (delta * norms).detach()
     return list(found.split([len(p.tokens.answer_ids) + 1 for p in prompts]))
-
-
-def _answer_positions(prompts: Sequence[StoredPrompt]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row in the batch, position, and wanted next token of every edited token: three [N]."""
-    rows, positions = [], []
-    for row, prompt in enumerate(prompts):
-        where = range(prompt.edited.start, prompt.edited.stop)
-        rows += [row] * len(where)
-        positions += list(where)
-    wanted = torch.cat([p.answer_with_end for p in prompts])
-    return torch.tensor(rows), torch.tensor(positions), wanted
