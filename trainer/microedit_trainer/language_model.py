@@ -65,6 +65,11 @@ class LanguageModel:
         return cls(model, tokenizer, name, folder, find_decoder_layers(model))
 
     @property
+    def decoder(self) -> Any:
+        """The text model below the output head, also where an image encoder stands beside it."""
+        return self.model.get_decoder()
+
+    @property
     def num_layers(self) -> int:
         return len(self.decoder_layers)
 
@@ -109,7 +114,7 @@ class LanguageModel:
 
         hook = self.decoder_layers[layer].register_forward_hook(stop)
         try:
-            self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+            self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
         except _Reached:
             pass
         finally:
@@ -118,9 +123,9 @@ class LanguageModel:
 
     def upper(self, z: Tensor, layer: int) -> Tensor:
         """Final hidden states from z: [B, S, d] → [B, S, d]; differentiable in z."""
-        placeholder = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
         with self._injected(z, layer):
-            return self.model.base_model(input_ids=placeholder, use_cache=False).last_hidden_state
+            # What is embedded does not matter: it never gets past the replaced layers.
+            return self.decoder(inputs_embeds=z, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output logits: [N, d] final hidden states → [N, vocabulary], fp32."""
@@ -185,7 +190,7 @@ def find_decoder_layers(model: Any) -> nn.ModuleList:
             "such models cannot be edited"
         )
     count = config.num_hidden_layers
-    for module in model.modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise MicroEditError(f"{type(model).__name__} has no list of {count} decoder layers")
