@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from microedit_trainer.cli.config_option import config_option
 from microedit_trainer.cli.progress import stage_bars
 from microedit_trainer.cli.sae_published import check_command, import_command
 
@@ -42,6 +43,7 @@ def train(
         bool, typer.Option("--resume/--fresh", help="Continue a stopped run, or start over.")
     ] = True,
     dtype: Annotated[str, typer.Option(help="Model's dtype; auto is the checkpoint's.")] = "auto",
+    config: Annotated[str | None, config_option("train")] = None,
 ) -> None:
     """Train an SAE; what it is worth on held-out text is stored in its folder.
 
