@@ -83,7 +83,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where z is taken in: the embedding may wait elsewhere, the output head never does."""
+        return self.model.get_output_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,6 +128,23 @@ class LanguageModel:
             # What is embedded does not matter: it never gets past the replaced layers.
             return self.decoder(inputs_embeds=z, use_cache=False).last_hidden_state
 
+    @contextmanager
+    def lower_offloaded(self, layer: int) -> Iterator[None]:
+        """Meanwhile the layers up to `layer` wait in the CPU's memory, and so does the token
+        embedding unless it is the output head as well: `upper` and `logits` run, `lower` does not.
+        """
+        embedding = self.model.get_input_embeddings()
+        is_tied = embedding.weight is self.model.get_output_embeddings().weight
+        waiting = [*self.decoder_layers[: layer + 1], *([] if is_tied else [embedding])]
+        with _on_cpu(waiting, self.device):
+            yield
+
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Meanwhile the whole model waits in the CPU's memory."""
+        with _on_cpu([self.model], self.device):
+            yield
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Output logits: [N, d] final hidden states → [N, vocabulary], fp32."""
         config = self.model.config.get_text_config()
@@ -152,6 +170,17 @@ class LanguageModel:
         finally:
             for module in replaced:
                 del module.forward
+
+
+@contextmanager
+def _on_cpu(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    try:
+        for module in modules:
+            module.to("cpu")
+        yield
+    finally:
+        for module in modules:
+            module.to(device)
 
 
 def resolve_folder(name: str) -> Path:
