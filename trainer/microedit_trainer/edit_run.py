@@ -77,6 +77,12 @@ class EditSettings:
     language: str | None = None
     offload: bool = False
 
+    def context_names(self, contexts: Contexts) -> tuple[ContextName, ...]:
+        """The contexts that facts are trained in, of those that there are."""
+        if self.contexts is not None:
+            return self.contexts
+        return contexts.names if self.solver.name == "joint" else ("bare",)
+
     def __post_init__(self) -> None:
         """Raises MicroEditError: a τ that no ARD can be compared with."""
         if self.tau is not None and not 0 < self.tau < math.inf:
@@ -138,9 +144,7 @@ class EditRun:
 
     @property
     def context_names(self) -> tuple[ContextName, ...]:
-        if self.settings.contexts is not None:
-            return self.settings.contexts
-        return self.contexts.names if self.settings.solver.name == "joint" else ("bare",)
+        return self.settings.context_names(self.contexts)
 
     def _render(self, fact: Fact) -> list[PromptTokens]:
         return [

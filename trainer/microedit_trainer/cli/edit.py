@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from microedit_trainer.cli.config_option import config_option
+from microedit_trainer.cli.estimates import announce_edit
 from microedit_trainer.cli.progress import counting
 from microedit_trainer.run_config import RunConfig
 from microedit_vllm.errors import MicroEditError
@@ -80,6 +81,14 @@ def edit(
         typer.Option(help="sequential: ẑ in the whole sequence (the paper) or from e on."),
     ] = Position.sequence,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="On a GPU: the layers up to the edited one wait in the CPU's memory while edits "
+            "are solved, and the SAE while they run. The set is the same.",
+        ),
+    ] = False,
     config: Annotated[str | None, config_option("edit")] = None,
 ) -> None:
     """Train an edit set. A stopped run goes on where it was when the command is given again."""
@@ -122,7 +131,9 @@ def edit(
         targets=targets,
         language=language,
         contexts=tuple(c.value for c in context) if context else None,
+        offload=offload,
     )
+    announce_edit(console, model, dtype, encoder, settings, split.edited)
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
     with counting(console, "editing", run.units(split.edited)) as progress:
         edit_set = run.edit(split.edited, out, progress)
