@@ -105,7 +105,7 @@ def test_on_a_cpu_nothing_waits(llama3_8b):
 
 
 def test_time_grows_with_what_is_done(llama3_8b):
-    few, many = (edit_seconds(llama3_8b, plan(False, n), 1e13, 1e13) for n in (100, 1000))
+    few, many = (edit_seconds(llama3_8b, plan(False, n), 1e13, 1e12, 1e13) for n in (100, 1000))
     # By hand: 100 facts of 15 tokens, twice the parameters a token.
     below = 2 * 31 * 218_112_000 * 100 * 15
     assert few["storing residuals"] == pytest.approx(below / 1e13)

@@ -57,10 +57,14 @@ def announce_edit(
 
     present = sae.W_enc.nbytes + sae.W_dec.nbytes
     stages = _fitting(machine, stages_of, size, settings.offload, present)
-    model_flops, sae_flops = (
-        machine.flops(kind, size.hidden_size) for kind in (size.dtype, torch.float32)
+    seconds = edit_seconds(
+        size,
+        plan,
+        model_flops=machine.flops(size.dtype, size.hidden_size),
+        solver_flops=machine.flops(size.dtype, size.hidden_size, plan.tokens_at_once),
+        sae_flops=machine.flops(torch.float32, size.hidden_size),
     )
-    _announce(console, machine, stages, edit_seconds(size, plan, model_flops, sae_flops))
+    _announce(console, machine, stages, seconds)
 
 
 def announce_sae(

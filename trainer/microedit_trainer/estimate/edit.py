@@ -46,6 +46,11 @@ class EditPlan:
     rows: int
     steps: int
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Of the prompts that the solver runs together, without padding."""
+        return max(1, self.tokens // self.prompts) * (STORED_AT_ONCE if self.joint else 1)
+
     def changed_rows(self) -> int:
         """Decoder rows of a change, at most."""
         if self.joint:
@@ -163,18 +168,19 @@ def _answers(plan: EditPlan, at_once: int) -> int:
 
 
 def edit_seconds(
-    model: ModelSize, plan: EditPlan, model_flops: float, sae_flops: float
+    model: ModelSize, plan: EditPlan, model_flops: float, solver_flops: float, sae_flops: float
 ) -> dict[str, float]:
     """Seconds by stage, from counts of operations.
 
     Args:
-        model_flops: per second in the model's dtype; sae_flops: in fp32.
+        model_flops: per second in the model's dtype; solver_flops: with `plan.tokens_at_once`
+            alone; sae_flops: in fp32.
     """
     d, below, above = model.hidden_size, model.below(plan.layer), model.above(plan.layer)
     head = model.vocabulary * d
     encode = 2 * plan.latents * d / sae_flops
     # Forward, and backward in z alone: twice a forward.
-    runs = plan.steps * (4 * above * plan.tokens + 4 * head * plan.edited) / model_flops
+    runs = plan.steps * (4 * above * plan.tokens + 4 * head * plan.edited) / solver_flops
     if plan.joint:
         tokens = plan.ordinary + max(plan.edited, plan.scored)
         few, many = sorted((tokens, plan.latents))

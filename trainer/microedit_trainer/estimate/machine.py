@@ -1,6 +1,7 @@
 """What this machine has: free memory, and how fast it multiplies and moves."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,13 @@ class Machine:
             return cls("cuda", int(torch.cuda.mem_get_info()[0]), host)
         return cls("cpu", host, host)
 
-    def flops(self, dtype: torch.dtype, width: int) -> float:
-        """Floating-point operations per second to count on, from a short product."""
-        x = torch.randn(256, width, device=self.device).to(dtype)
+    def flops(self, dtype: torch.dtype, width: int, tokens: int = 256) -> float:
+        """Floating-point operations per second to count on, from a short product.
+
+        Args:
+            width: of the residual stream. tokens: together in a batch; few leave a device idle.
+        """
+        x = torch.randn(min(tokens, 256), width, device=self.device).to(dtype)
         weight = torch.randn(4 * width, width, device=self.device).to(dtype)
         seconds = self._seconds(lambda: torch.nn.functional.linear(x, weight))
         return _EFFICIENCY * 2 * x.numel() * len(weight) / seconds
@@ -47,9 +52,8 @@ class Machine:
         seconds = self._seconds(lambda: target.copy_(source))
         return _EFFICIENCY * 2 * source.nbytes / seconds
 
-    def _seconds(self, work: object) -> float:
+    def _seconds(self, work: Callable[[], object]) -> float:
         """Of one call, the fastest of as many as fit into a moment."""
-        assert callable(work)
         best, end = float("inf"), time.perf_counter() + _MEASURED_SECONDS
         work()
         while True:
