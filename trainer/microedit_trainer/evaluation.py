@@ -47,7 +47,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class TorchEngine:
-    """The edit set in plain torch over the Hugging Face model."""
+    """The edit set in plain torch over the Hugging Face model.
+
+    Attributes:
+        store: residuals of the prompts seen so far, in the CPU's memory: a calibration stores more
+            of them than the edit run does. Model and operator may be on different devices.
+    """
 
     lm: LanguageModel
     operator: EditOperator
@@ -73,28 +78,30 @@ class TorchEngine:
         operator.check_golden()
         return cls.build(lm, operator)
 
-    def _stored(self, prompts: Sequence[PromptTokens]) -> list[StoredPrompt]:
+    def stored(self, prompts: Sequence[PromptTokens]) -> list[StoredPrompt]:
+        """The prompts' residuals; the layers up to l run where they are not known yet."""
         manifest = self.operator.edit_set.manifest
         new = [p for p in dict.fromkeys(prompts) if p not in self.store]
         if new:
             residuals = store_residuals(self.lm, manifest.layer, new, manifest.decision.max_norm)
-            self.store.update(zip(new, residuals, strict=True))
+            self.store.update(zip(new, (r.to("cpu") for r in residuals), strict=True))
         return [self.store[p] for p in prompts]
 
     @torch.no_grad()
     def ards(self, prompts: Sequence[PromptTokens]) -> Tensor:
         """The decision's statistic of each prompt: [N] fp32."""
-        return torch.stack([self.ard(p) for p in self._stored(prompts)])
+        return torch.stack([self.ard(p) for p in self.stored(prompts)])
 
     def ard(self, prompt: StoredPrompt) -> Tensor:
         """The decision's statistic of one prompt's residuals: scalar fp32."""
-        return self.operator.ard(*self.operator.distances(prompt.z[prompt.scored]))
+        scored = prompt.z[prompt.scored].to(self.operator.device)
+        return self.operator.ard(*self.operator.distances(scored))
 
     @torch.no_grad()
     def edited(self, prompts: Sequence[PromptTokens]) -> list[Outcome]:
         if not prompts:
             return []
-        stored = self._stored(prompts)
+        stored = self.stored(prompts)
         ards = [self.ard(p) for p in stored]
         on = [bool(self.operator.is_on(ard)) for ard in ards]
         residuals = [self.substituted(p) if o else p.z for p, o in zip(stored, on, strict=True)]
@@ -103,7 +110,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def perplexities(self, prompts: Sequence[PromptTokens]) -> tuple[Tensor, Tensor]:
-        stored = self._stored(prompts)
+        stored = self.stored(prompts)
         plain = [p.z for p in stored]
         edited = [
             self.substituted(p) if bool(self.operator.is_on(self.ard(p))) else p.z for p in stored
@@ -117,14 +124,14 @@ class TorchEngine:
         """z of a prompt whose switch is on, as the layers above get it: [P + A, d], z's dtype."""
         z = prompt.z.clone()
         start = 1 if self.operator.edit_set.manifest.position == "sequence" else prompt.edited.start
-        z[start:] = self.operator.edited(prompt.z[start:]).to(z.dtype)
+        z[start:] = self.operator.edited(prompt.z[start:].to(self.operator.device)).to(z.dtype)
         return z
 
     @torch.no_grad()
     def plain(self, prompts: Sequence[PromptTokens]) -> list[Tensor]:
         if not prompts:
             return []
-        stored = self._stored(prompts)
+        stored = self.stored(prompts)
         layer = self.operator.edit_set.manifest.layer
         return predictions(self.lm, layer, stored, [p.z for p in stored])
 

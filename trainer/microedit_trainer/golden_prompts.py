@@ -97,7 +97,7 @@ def read_around(lm: LanguageModel, layer: int, token_ids: Sequence[int]) -> dict
     hooks = [module.register_forward_hook(keep(name)) for name, module in watched]
     try:
         ids = torch.tensor([list(token_ids)], device=lm.device)
-        lm.model.base_model(input_ids=ids, use_cache=False)
+        lm.decoder(input_ids=ids, use_cache=False)
     finally:
         for handle in hooks:
             handle.remove()

@@ -65,6 +65,11 @@ class LanguageModel:
         return cls(model, tokenizer, name, folder, find_decoder_layers(model))
 
     @property
+    def decoder(self) -> Any:
+        """The text model below the output head, also where an image encoder stands beside it."""
+        return self.model.get_decoder()
+
+    @property
     def num_layers(self) -> int:
         return len(self.decoder_layers)
 
@@ -78,7 +83,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where z is taken in: the embedding may wait elsewhere, the output head never does."""
+        return self.model.get_output_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +115,7 @@ class LanguageModel:
 
         hook = self.decoder_layers[layer].register_forward_hook(stop)
         try:
-            self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+            self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
         except _Reached:
             pass
         finally:
@@ -122,10 +128,27 @@ class LanguageModel:
         Args:
             inputs: what else the model's own forward shall get: a cache, a mask, positions.
         """
-        placeholder = torch.zeros(z.shape[:2], dtype=torch.long, device=z.device)
-        inputs = {"input_ids": placeholder, "use_cache": False} | inputs
         with self._injected(z, layer):
-            return self.model.base_model(**inputs).last_hidden_state
+            # What is embedded does not matter: it never gets past the replaced layers.
+            inputs = {"inputs_embeds": z, "use_cache": False} | inputs
+            return self.decoder(**inputs).last_hidden_state
+
+    @contextmanager
+    def lower_offloaded(self, layer: int) -> Iterator[None]:
+        """Meanwhile the layers up to `layer` wait in the CPU's memory, and so does the token
+        embedding unless it is the output head as well: `upper` and `logits` run, `lower` does not.
+        """
+        embedding = self.model.get_input_embeddings()
+        is_tied = embedding.weight is self.model.get_output_embeddings().weight
+        waiting = [*self.decoder_layers[: layer + 1], *([] if is_tied else [embedding])]
+        with _on_cpu(waiting, self.device):
+            yield
+
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Meanwhile the whole model waits in the CPU's memory."""
+        with _on_cpu([self.model], self.device):
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output logits: [N, d] final hidden states → [N, vocabulary], fp32."""
@@ -157,6 +180,17 @@ class LanguageModel:
         finally:
             for module in replaced:
                 del module.forward
+
+
+@contextmanager
+def _on_cpu(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    try:
+        for module in modules:
+            module.to("cpu")
+        yield
+    finally:
+        for module in modules:
+            module.to(device)
 
 
 def resolve_folder(name: str) -> Path:
@@ -195,7 +229,7 @@ def find_decoder_layers(model: Any) -> nn.ModuleList:
             "such models cannot be edited"
         )
     count = config.num_hidden_layers
-    for module in model.modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise MicroEditError(f"{type(model).__name__} has no list of {count} decoder layers")

@@ -24,6 +24,10 @@ class StoredPrompt:
     z: Tensor
     is_sink: Tensor
 
+    def to(self, device: torch.device | str) -> "StoredPrompt":
+        """The same prompt with its residuals on another device."""
+        return StoredPrompt(self.tokens, self.z.to(device), self.is_sink.to(device))
+
     @property
     def edited(self) -> slice:
         """Positions e, e+1, …: the last prompt token and every answer token."""
@@ -150,4 +154,4 @@ def _answer_logits(
 def run_upper(lm: LanguageModel, layer: int, residuals: Sequence[Tensor]) -> Tensor:
     """Final hidden states of several sequences, right-padded: list of [S, d] → [B, max S, d]."""
     padded = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
-    return lm.upper(padded, layer)
+    return lm.upper(padded.to(lm.device), layer)

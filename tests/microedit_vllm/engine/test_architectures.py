@@ -269,5 +269,5 @@ def test_the_same_under_torch_compile_where_rows_are_a_view(tmp_path):
 def test_edits_in_the_real_gemma3_270m_are_those_of_a_huggingface_forward(gemma3_270m, tmp_path):
     hf = reference(gemma3_270m, "model.layers", layer=12)
     tokenizer = AutoTokenizer.from_pretrained(gemma3_270m)
-    prompts = [[tokenizer.bos_token_id, *tokenizer(text).input_ids] for text in PROMPTS]
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
     prove(gemma3_270m, tmp_path, hf, prompts)

@@ -9,12 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from microedit_trainer.cli.config_option import config_option
+from microedit_trainer.cli.estimates import announce_edit
 from microedit_trainer.cli.progress import counting
+from microedit_trainer.run_config import RunConfig
 from microedit_vllm.errors import MicroEditError
 
 if TYPE_CHECKING:
     from microedit_trainer.solvers import Executor
-    from microedit_vllm.artifact import EditSet
+    from microedit_vllm.artifact import EditSet, SparseAutoencoder
 
 
 class SolverName(StrEnum):
@@ -95,6 +98,15 @@ def edit(
         typer.Option(help="sequential: ẑ in the whole sequence (the paper) or from e on."),
     ] = Position.sequence,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="On a GPU: the layers up to the edited one wait in the CPU's memory while edits "
+            "are solved, and the SAE while they run. The set is the same.",
+        ),
+    ] = False,
+    config: Annotated[str | None, config_option("edit")] = None,
 ) -> None:
     """Train an edit set. A stopped run goes on where it was when the command is given again."""
     from microedit_trainer.edit_run import EditRun, EditSettings
@@ -112,6 +124,10 @@ def edit(
         console.print(stated, markup=False, highlight=False, soft_wrap=True)
     executor = _executor(solver, workers, ray)
     encoder = SparseAutoencoder.load(sae)
+    if config is not None:
+        shared = RunConfig.find(config)
+        layer = _configured_layer(console, shared, encoder, layer)
+        tau = shared.tau(len(split.edited)) if tau is None else tau
     chosen: Solver
     if solver is SolverName.joint:
         chosen, scope = JointSolver(rows_per_fact=rows_per_fact), Scope()
@@ -134,7 +150,9 @@ def edit(
         language=language,
         executor=executor,
         contexts=tuple(c.value for c in context) if context else None,
+        offload=offload,
     )
+    announce_edit(console, model, dtype, encoder, settings, split.edited)
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
     with counting(console, "editing", run.units(split.edited)) as progress:
         edit_set = run.edit(split.edited, out, progress)
@@ -153,6 +171,24 @@ def _executor(solver: SolverName, workers: int | None, ray: bool) -> "Executor":
     if ray:
         return RayCluster(workers)
     return InProcess() if workers in (None, 1) else Processes(workers)
+
+
+def _configured_layer(
+    console: Console, config: RunConfig, sae: "SparseAutoencoder", layer: int | None
+) -> int | None:
+    """The config's layer where neither the command line nor the SAE names one.
+
+    Says where the SAE is another than the one that the config is for.
+    """
+    own = sae.report.get("layer") if layer is None else layer
+    others = config.other_sae(own, sae.num_latents, sae.k)
+    if others:
+        console.print(
+            f"[yellow]config {escape(config.name)} is for another SAE:[/] {'; '.join(others)}; "
+            "its τ and α may not suit this one",
+            soft_wrap=True,
+        )
+    return config.sae.get("layer") if own is None else layer
 
 
 def _report(console: Console, edit_set: "EditSet", out: Path) -> None:

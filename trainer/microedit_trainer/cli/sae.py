@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from microedit_trainer.cli.config_option import config_option
+from microedit_trainer.cli.estimates import announce_sae
 from microedit_trainer.cli.progress import stage_bars
 from microedit_trainer.cli.sae_published import check_command, import_command
 
@@ -42,6 +44,14 @@ def train(
         bool, typer.Option("--resume/--fresh", help="Continue a stopped run, or start over.")
     ] = True,
     dtype: Annotated[str, typer.Option(help="Model's dtype; auto is the checkpoint's.")] = "auto",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="On a GPU: the model waits in the CPU's memory while the SAE is trained.",
+        ),
+    ] = False,
+    config: Annotated[str | None, config_option("train")] = None,
 ) -> None:
     """Train an SAE; what it is worth on held-out text is stored in its folder.
 
@@ -62,10 +72,11 @@ def train(
         seed=seed,
         sample_tokens=sample_tokens,
     )
+    announce_sae(Console(stderr=True), model, dtype, settings, offload)
     language_model = LanguageModel.load(model, dtype)
     try:
         with stage_bars() as progress:
-            trained = train_sae(language_model, settings, out, not resume, progress)
+            trained = train_sae(language_model, settings, out, not resume, progress, offload)
     except KeyboardInterrupt:
         print("stopped; the same command resumes, with --fresh it starts over", file=sys.stderr)
         raise

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def train_sae(
     out: Path,
     fresh: bool = False,
     progress: Progress | None = None,
+    offload: bool = False,
 ) -> SparseAutoencoder:
     """Train, measure and save an SAE; continue a stopped run with the same settings.
 
@@ -41,6 +42,7 @@ def train_sae(
 
     Args:
         fresh: throw a stopped run away.
+        offload: the model waits in the CPU's memory while the SAE is trained; same weights.
 
     Raises:
         MicroEditError: bad settings or text, or a full disk.
@@ -50,6 +52,7 @@ def train_sae(
     check_out(out)
     run = _Run(model, settings, WorkFolder(out, settings, fingerprint_model(model.folder)))
     run.progress = progress or (lambda *_: None)
+    run.offload = offload
     run.work.open(fresh)
     try:
         return run.whole(out)
@@ -61,9 +64,11 @@ class _Run:
     """One training run and the seconds that its stages took."""
 
     progress: Progress
+    offload: bool
 
     def __init__(self, model: LanguageModel, settings: SaeSettings, work: WorkFolder) -> None:
         self.model, self.settings, self.work = model, settings, work
+        self.device = model.device
         self.seconds: dict[str, float] = {}
         self._running: tuple[str, float] | None = None
 
@@ -75,13 +80,11 @@ class _Run:
             self.work.remove()  # nothing is in it yet that a resumed run could use
             raise
         activations = self.activations(sequences)
-        optimisation = self.optimise(activations)
-        with self.stage("report"):
-            sae = optimisation.autoencoder().to(self.model.device)
-            measured = report_reconstruction(sae, activations)
+        with self.model.offloaded() if self.offload else nullcontext():
+            sae, measured = self.trained(activations)
         report = self.report(activations, measured)
         with one_line_disk_errors(out):
-            saved = replace(sae.to("cpu"), report=report).save(out)
+            saved = replace(sae, report=report).save(out)
         self.work.remove()
         return saved
 
@@ -162,9 +165,7 @@ class _Run:
 
     def optimise(self, activations: Activations) -> SaeOptimisation:
         settings, total = self.settings, self.settings.total_steps
-        optimisation = SaeOptimisation(
-            activations.rows, activations.train, settings, self.model.device
-        )
+        optimisation = SaeOptimisation(activations.rows, activations.train, settings, self.device)
         checkpoint = self.work.load_checkpoint()
         if checkpoint:
             optimisation.restore(checkpoint[0])
@@ -179,6 +180,13 @@ class _Run:
                 if interrupted():
                     raise KeyboardInterrupt
         return optimisation
+
+    def trained(self, activations: Activations) -> tuple[SparseAutoencoder, dict[str, Any]]:
+        """The SAE, in the CPU's memory, and what it is worth; the optimiser's state ends first."""
+        sae = self.optimise(activations).autoencoder()
+        with self.stage("report"):
+            measured = report_reconstruction(sae.to(self.device), activations)
+        return sae, measured
 
     def report(self, activations: Activations, measured: dict[str, Any]) -> dict[str, Any]:
         training = activations.train

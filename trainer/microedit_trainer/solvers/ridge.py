@@ -115,13 +115,20 @@ class TokenSystem:
 
     @classmethod
     def of(cls, encode: Encode, terms: Sequence[Term], rows: Tensor) -> "TokenSystem":
-        codes, wanted = [], []
+        z = terms[0].z
+        tokens = sum(len(term.z) for term in terms)
+        # Filled in place: joined chunks would be held twice.
+        codes = torch.empty(tokens, len(rows), dtype=torch.double, device=z.device)
+        wanted = torch.zeros(tokens, z.shape[1], dtype=torch.double, device=z.device)
+        start = 0
         for term in terms:
             for own, target in _chunks(encode, term):
-                codes.append(own[:, rows].double() * term.weight**0.5)
-                zeros = own.new_zeros(len(own), term.z.shape[1])
-                wanted.append((zeros if target is None else target).double() * term.weight**0.5)
-        return cls(torch.cat(codes), torch.cat(wanted))
+                part = slice(start, start + len(own))
+                codes[part] = own[:, rows].double() * term.weight**0.5
+                if target is not None:
+                    wanted[part] = target.double() * term.weight**0.5
+                start += len(own)
+        return cls(codes, wanted)
 
     def solve(self, ridge: float, kept: Tensor | None = None) -> Tensor:
         """See `System.solve`."""

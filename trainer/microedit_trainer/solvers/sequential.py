@@ -22,6 +22,7 @@ from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 from microedit_vllm.errors import MicroEditError
 
 CHECKPOINT = "sequential.safetensors"
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,12 @@ class SequentialSolver:
                 self._save(problem, W_dec, changed, index + 1)
             progress(1)
         rows = changed.nonzero()[:, 0]
-        values = (W_dec - problem.sae.W_dec)[rows].to(VALUES_DTYPE)
-        change = DecoderChange(rows.cpu(), values.cpu())
+        # In parts: a whole difference is a third decoder beside the two that are compared.
+        parts = [
+            (W_dec[part] - problem.sae.W_dec[part]).to(VALUES_DTYPE).cpu()
+            for part in rows.split(ROWS_AT_ONCE)
+        ]
+        change = DecoderChange(rows.cpu(), torch.cat(parts))
         return Solution(change, change, "replace", "topk", None, {})
 
     def _edit(
@@ -123,7 +128,8 @@ class SequentialSolver:
 
     def _save(self, problem: EditProblem, W_dec: Tensor, changed: Tensor, done: int) -> None:
         rows = changed.nonzero()[:, 0]
-        checkpoint = {"rows": rows, "values": W_dec[rows], "done": torch.tensor([done])}
+        values = torch.cat([W_dec[part].cpu() for part in rows.split(ROWS_AT_ONCE)])
+        checkpoint = {"rows": rows, "values": values, "done": torch.tensor([done])}
         write_checkpoint(problem.work_folder / CHECKPOINT, checkpoint)
 
     def _restore(self, problem: EditProblem, W_dec: Tensor, changed: Tensor) -> int:

@@ -1,0 +1,198 @@
+"""Memory and time of `microedit edit`, from sizes alone.
+
+Every item says which tensor it stands for; the sizes follow from the code that holds it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from microedit_trainer.contexts import PromptTokens
+from microedit_trainer.estimate.model_size import ModelSize
+from microedit_trainer.estimate.stages import Stage
+from microedit_trainer.solvers.ridge import CHUNK
+
+# Prompts together in a batch: of `store_residuals`, and of `predictions`.
+STORED_AT_ONCE, SCORED_AT_ONCE = 16, 32
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """What an edit run is asked for, in numbers.
+
+    Attributes:
+        joint: else the sequential solver.
+        offload: whether model and SAE take turns on the device.
+        facts, prompts: prompts are facts in every context.
+        tokens: prompt and answer of all prompts; longest: the most of one.
+        edited: positions with a target; scored: those that the switch looks at.
+        ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
+        latents, k: the SAE's. rows: budget of each change of the joint solver.
+        steps: of Adam, for a target or a fact.
+    """
+
+    joint: bool
+    offload: bool
+    layer: int
+    facts: int
+    prompts: int
+    tokens: int
+    longest: int
+    edited: int
+    scored: int
+    ordinary: int
+    checked: int
+    latents: int
+    k: int
+    rows: int
+    steps: int
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Of the prompts that the solver runs together, without padding."""
+        return max(1, self.tokens // self.prompts) * (STORED_AT_ONCE if self.joint else 1)
+
+    def changed_rows(self) -> int:
+        """Decoder rows of a change, at most."""
+        if self.joint:
+            return min(self.latents, self.rows)
+        return min(self.latents, self.tokens * self.k)
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """Tokens of some prompts, answers included where they have one."""
+
+    prompts: int
+    tokens: int
+    longest: int
+    edited: int
+    scored: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[PromptTokens], share: float = 1.0) -> "PromptCounts":
+        """Count prompts that stand for 1/share as many."""
+        lengths = [len(p.prompt_ids) + len(p.answer_ids) for p in prompts]
+        edited = sum(len(p.answer_ids) + 1 for p in prompts)
+        scored = sum(p.scored[1] - p.scored[0] for p in prompts)
+        counts = (len(prompts), sum(lengths), edited, scored)
+        scaled = [round(count / share) for count in counts]
+        return cls(scaled[0], scaled[1], max(lengths, default=0), scaled[2], scaled[3])
+
+
+def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:
+    """What each stage of `EditRun.edit` holds, on "cuda" or "cpu"."""
+    d, b = model.hidden_size, model.value_bytes
+    # Where the CPU's memory is the device, nothing gains from waiting.
+    offload = plan.offload and device != "cpu"
+    waiting = model.waiting(plan.layer) if offload else 0
+    sae = 2 * plan.latents * d * 4
+    beside = {} if offload else {"SAE": sae}
+    kept = {"residuals": plan.tokens * d * b + plan.ordinary * d * 4}
+    lower = {"model": model.weights, "activations": model.activations(_batch(plan, STORED_AT_ONCE))}
+    upper = {"model": model.weights - waiting, "SAE": sae}
+    solver = _joint(model, plan) if plan.joint else _sequential(model, plan)
+    # In the CPU's memory: of the prompts that τ rests on, and of the facts with their answers.
+    checked = (plan.checked + plan.tokens) * d * b
+    shared = {"residuals for τ": checked} if device == "cpu" else {}
+    away = waiting + sae if offload else 0
+    stages = [
+        # The model is read into the CPU's memory before it goes to the device.
+        Stage("storing residuals", {**lower, **beside, **kept}, model.weights + sae),
+        Stage("solving", {**upper, **kept, **solver}, away),
+    ]
+    if offload:
+        stages.append(Stage("storing residuals for τ", lower, sae + checked))
+    scoring = {**upper, **_scoring(model, plan, device), **shared}
+    return [*stages, Stage("calibrating", scoring, away + checked)]
+
+
+def ridge_bytes(tokens: int, rows: int, d: int) -> int:
+    """The larger solve of `solvers.ridge`, with its copies: `RowSystem` or `TokenSystem`."""
+    if tokens <= rows:
+        # Codes and wanted; then the system in the tokens, its copy with the ridge, its factor.
+        return 8 * (tokens * (rows + d) + 3 * tokens * tokens)
+    # Gram, its copy with the ridge, its factor; right side and solution.
+    return 8 * (3 * rows * rows + 2 * rows * d)
+
+
+def _joint(model: ModelSize, plan: EditPlan) -> dict[str, int]:
+    d, n = model.hidden_size, plan.latents
+    tokens = plan.ordinary + max(plan.edited, plan.scored)
+    at_once = min(CHUNK, tokens)
+    answers = _answers(plan, STORED_AT_ONCE)
+    batch = _batch(plan, STORED_AT_ONCE)
+    return {
+        "targets": plan.edited * d * 4,
+        # Pre-activations, ReLU, dense codes in fp32; codes and their squares in fp64.
+        "solver": max(
+            ridge_bytes(tokens, n, d) + at_once * n * (3 * 4 + 2 * 8),
+            model.gradients(batch, plan.layer) + model.logits(answers),
+        ),
+    }
+
+
+def _sequential(model: ModelSize, plan: EditPlan) -> dict[str, int]:
+    d = model.hidden_size
+    rows = min(plan.latents, plan.longest * plan.k)
+    return {
+        "copy of W_dec": plan.latents * d * 4,
+        # A fact's rows, their gradient and Adam's two moments; then its way through the model.
+        "solver": 4 * rows * d * 4
+        + plan.longest * plan.latents * 3 * 4
+        + model.gradients(plan.longest, plan.layer)
+        + model.logits(max(1, plan.longest)),
+    }
+
+
+def _scoring(model: ModelSize, plan: EditPlan, device: str) -> dict[str, int]:
+    """The edit set in use (`EditOperator`) and one batch of prompts that it scores."""
+    d, rows = model.hidden_size, plan.changed_rows()
+    stored = 2 + (4 if device == "cpu" else 2)
+    changes = rows * d * (2 * stored + 4 if plan.joint else stored)
+    scored = plan.longest * plan.latents * 3 * 4
+    # On a GPU a change is made fp32 where it is used.
+    widened = 0 if device == "cpu" else rows * d * 4
+    answers = _answers(plan, SCORED_AT_ONCE)
+    batch = model.activations(_batch(plan, SCORED_AT_ONCE))
+    return {"edit set": changes + widened, "activations": scored + batch + model.logits(answers)}
+
+
+def _batch(plan: EditPlan, at_once: int) -> int:
+    """Tokens of a padded batch of so many prompts."""
+    return min(at_once, plan.prompts) * plan.longest
+
+
+def _answers(plan: EditPlan, at_once: int) -> int:
+    """Answer tokens of such a batch."""
+    return at_once * max(1, plan.edited // max(1, plan.prompts))
+
+
+def edit_seconds(
+    model: ModelSize, plan: EditPlan, model_flops: float, solver_flops: float, sae_flops: float
+) -> dict[str, float]:
+    """Seconds by stage, from counts of operations.
+
+    Args:
+        model_flops: per second in the model's dtype; solver_flops: with `plan.tokens_at_once`
+            alone; sae_flops: in fp32.
+    """
+    d, below, above = model.hidden_size, model.below(plan.layer), model.above(plan.layer)
+    head = model.vocabulary * d
+    encode = 2 * plan.latents * d / sae_flops
+    # Forward, and backward in z alone: twice a forward.
+    runs = plan.steps * (4 * above * plan.tokens + 4 * head * plan.edited) / solver_flops
+    if plan.joint:
+        tokens = plan.ordinary + max(plan.edited, plan.scored)
+        few, many = sorted((tokens, plan.latents))
+        products = 2 * (2 * few * few * many + few**3)
+        codes = 3 * (plan.edited + plan.scored) + 2 * plan.ordinary
+        solving = runs + codes * encode + 2 * products / sae_flops
+    else:
+        solving = runs + plan.tokens * encode
+    checked = plan.checked + plan.tokens
+    return {
+        "storing residuals": 2 * below * (plan.tokens + plan.ordinary) / model_flops,
+        "solving": solving,
+        "calibrating": checked * ((2 * below + 2 * above) / model_flops + 2 * encode)
+        + 2 * head * plan.edited / model_flops,
+    }

@@ -1,0 +1,81 @@
+"""An edit run in numbers, from its facts and settings, before the model is loaded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from microedit_trainer.contexts import Contexts, PromptTokens
+from microedit_trainer.edit_run import EditSettings, ordinary_lines
+from microedit_trainer.estimate.edit import EditPlan, PromptCounts
+from microedit_trainer.facts import Fact
+from microedit_trainer.solvers import JointSolver, SequentialSolver
+from microedit_vllm.artifact import SparseAutoencoder
+
+# Of more facts or held-out records than this, a part stands for all.
+_COUNTED = 200
+
+
+def plan_edit(
+    tokenizer: Any,
+    max_length: int,
+    sae: SparseAutoencoder,
+    layer: int,
+    settings: EditSettings,
+    facts: Sequence[Fact],
+) -> EditPlan:
+    """Count what `EditRun.edit` will be given.
+
+    Raises:
+        MicroEditError: a prompt that the model cannot take.
+    """
+    contexts = Contexts.build(tokenizer, settings.scope, max_length)
+    names = settings.context_names(contexts)
+
+    def rendered(facts: Sequence[Fact], answered: bool) -> list[PromptTokens]:
+        return [
+            contexts.render(name, f.prompt, f.target if answered else "", f.subject)
+            for f in facts
+            for name in names
+        ]
+
+    some, share = _part(facts)
+    own = PromptCounts.of(rendered(some, True), share)
+    held_out, held_out_share = _part(settings.hold_out)
+    others = PromptCounts.of(rendered(held_out, False), held_out_share)
+    lines = [Fact(line, "") for line in ordinary_lines()]
+    unchanged = PromptCounts.of(rendered(lines[::2], False))
+    unrelated = PromptCounts.of(rendered(lines[1::2], False))
+    solver = settings.solver
+    joint = isinstance(solver, JointSolver)
+    # The facts' own prompts, and with the joint solver their wordings about other subjects.
+    checked = (1 + joint) * own.tokens + others.tokens + unrelated.tokens
+    return EditPlan(
+        joint=joint,
+        offload=settings.offload,
+        layer=layer,
+        facts=len(facts),
+        prompts=own.prompts,
+        tokens=own.tokens,
+        longest=max(own.longest, others.longest, unchanged.longest, unrelated.longest),
+        edited=own.edited,
+        scored=own.scored,
+        ordinary=unchanged.tokens if solver.holds_ordinary else 0,
+        checked=checked,
+        latents=sae.num_latents,
+        k=sae.k,
+        rows=solver.budget(len(facts)) if isinstance(solver, JointSolver) else 0,
+        steps=_steps(solver),
+    )
+
+
+def _part(facts: Sequence[Fact]) -> tuple[Sequence[Fact], float]:
+    """Some of the facts, spread over all of them, and which share of them these are."""
+    every = max(1, len(facts) // _COUNTED)
+    some = facts[::every]
+    return some, len(some) / len(facts) if facts else 1.0
+
+
+def _steps(solver: object) -> int:
+    if isinstance(solver, JointSolver):
+        return solver.targets.steps
+    assert isinstance(solver, SequentialSolver)
+    return solver.steps_edit
