@@ -16,15 +16,16 @@ from torch import Tensor
 from microedit_kernels.edit_change import threshold_acts
 from microedit_kernels.topk_encode import pre_acts
 from microedit_trainer.language_model import Progress
+from microedit_trainer.solvers.kept_solution import KeptSolution
 from microedit_trainer.solvers.problem import EditProblem, Solution
 from microedit_trainer.solvers.resume import TargetStore
-from microedit_trainer.solvers.ridge import (
-    CHUNK,
+from microedit_trainer.solvers.ridge import is_quick, ridge_system, strongest_rows
+from microedit_trainer.solvers.sparse_codes import (
+    CodedTerms,
     Encode,
     Term,
-    ridge_system,
-    strongest_rows,
-    survey,
+    Unexplained,
+    tokens_at_once,
 )
 from microedit_trainer.solvers.targets import TargetSettings, solve_targets
 from microedit_trainer.stored_residuals import StoredPrompt
@@ -105,21 +106,18 @@ class JointSolver:
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:
         sae, prompts = problem.sae, _prompts(problem)
-        z = torch.cat([p.z[p.identifying] for p in prompts])
-        wanted = torch.cat([_missing(sae, part) for part in z.split(CHUNK)])
+        own = torch.cat([p.z[p.identifying] for p in prompts])
         shared = torch.cat([p.z[p.shared] for p in prompts])
 
         def encode(part: Tensor) -> Tensor:
             return _dense(*sae.encode(part), sae)
 
         terms = [
-            Term(z, wanted, 1.0),
-            *(
-                Term(unchanged, None, self.scoring.unchanged_weight)
-                for unchanged in (problem.ordinary, shared)
-            ),
+            Term(own, Unexplained(sae.W_dec, sae.b_dec), 1.0),
+            Term(problem.ordinary, None, self.scoring.unchanged_weight),
+            Term(shared, None, self.scoring.unchanged_weight),
         ]
-        return self._solve(self.scoring, encode, terms, len(problem.facts))[0]
+        return self._solve(problem, "scoring", self.scoring, encode, terms)[0]
 
     def _edit_change(
         self, problem: EditProblem, deltas: Sequence[Tensor]
@@ -132,19 +130,25 @@ class JointSolver:
         def pre(part: Tensor) -> Tensor:
             return pre_acts(part, sae.W_enc, sae.b_enc, sae.b_dec)
 
-        lasts = [pre(part).topk(latents, dim=-1).values[:, -1].min() for part in z.split(CHUNK)]
+        pieces = z.split(tokens_at_once(sae.num_latents))
+        lasts = [pre(part).topk(latents, dim=-1).values[:, -1].min() for part in pieces]
         theta = max(0.0, float(torch.stack(lasts).min()))
         terms = [
             Term(z, torch.cat(list(deltas)), 1.0),
             Term(problem.ordinary, None, self.edit.unchanged_weight),
         ]
         change, least = self._solve(
-            self.edit, lambda part: threshold_acts(pre(part), theta), terms, len(problem.facts)
+            problem, "edit", self.edit, lambda part: threshold_acts(pre(part), theta), terms
         )
         return change, theta, least
 
     def _solve(
-        self, settings: RidgeSettings, encode: Encode, terms: Sequence[Term], facts: int
+        self,
+        problem: EditProblem,
+        name: str,
+        settings: RidgeSettings,
+        encode: Encode,
+        terms: Sequence[Term],
     ) -> tuple[DecoderChange, int]:
         """Ridge on all active rows, then again on the strongest within the budget.
 
@@ -154,15 +158,24 @@ class JointSolver:
         Returns:
             The change, and how many latents the least active edited token has.
         """
-        found = survey(encode, terms[0])
-        ridge = settings.ridge * found.mean_square
-        rows = found.active
-        system = ridge_system(encode, terms, rows)
-        change = system.solve(ridge)
-        if len(rows) > self.budget(facts):
-            kept = strongest_rows(change, found.rms[rows], self.budget(facts))
-            rows, change = rows[kept], system.solve(ridge, kept)
-        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu()), found.least
+
+        def watch(share: float, note: str) -> None:
+            problem.stages(f"{name} change", share, note)
+
+        coded = CodedTerms.of(encode, terms, watch)
+        rows, ridge = coded.rows, settings.ridge * coded.survey.mean_square
+        origin = f"{problem.origin} {problem.sae.fingerprint}"
+        before = KeptSolution(problem.targets_folder, name, origin)
+        start = None if is_quick(coded) else before.start(rows, coded.width)
+        system = ridge_system(coded, start is not None, watch)
+        change = system.solve(ridge, start=start)
+        before.keep(rows, change)
+        budget = self.budget(len(problem.facts))
+        if len(rows) > budget:
+            kept = strongest_rows(change, coded.survey.rms[rows], budget)
+            rows, change = rows[kept], system.solve(ridge, kept, start=change[kept])
+        watch(1.0, f"{len(rows)} rows")
+        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu()), coded.survey.least
 
 
 def _prompts(problem: EditProblem) -> list[StoredPrompt]:
@@ -174,8 +187,3 @@ def _prompts(problem: EditProblem) -> list[StoredPrompt]:
 def _dense(top_acts: Tensor, top_indices: Tensor, sae: SparseAutoencoder) -> Tensor:
     codes = top_acts.new_zeros(len(top_acts), sae.num_latents)
     return codes.scatter_(1, top_indices, top_acts)
-
-
-def _missing(sae: SparseAutoencoder, z: Tensor) -> Tensor:
-    """What the unedited decoder fails to reconstruct: z − ẑ₀, [N, d] fp32."""
-    return z.float() - sae.decode(*sae.encode(z))

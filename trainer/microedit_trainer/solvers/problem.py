@@ -1,6 +1,6 @@
 """What a solver gets and what it gives, whichever solver it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,6 +11,13 @@ from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 
+# Shown a stage of the work, the share of it that is done, in [0, 1], and a note.
+Stages = Callable[[str, float, str], None]
+
+
+def no_stages(stage: str, share: float, note: str) -> None:
+    """Shows nothing."""
+
 
 @dataclass(frozen=True)
 class EditProblem:
@@ -20,9 +27,10 @@ class EditProblem:
         facts: per fact, its prompt in each context it is trained in.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
         work_folder: where a solver keeps what lets a stopped run resume.
-        targets_folder: where the joint solver keeps targets for later runs; None keeps them in the
-            work folder.
+        targets_folder: where the joint solver keeps targets and its solution for later runs; None
+            keeps the targets in the work folder.
         origin: the model and layer as a stored target names them.
+        stages: shown how far the solves are.
     """
 
     lm: LanguageModel
@@ -33,6 +41,7 @@ class EditProblem:
     work_folder: Path
     targets_folder: Path | None = None
     origin: str = ""
+    stages: Stages = no_stages
 
 
 @dataclass(frozen=True)
