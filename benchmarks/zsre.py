@@ -66,7 +66,7 @@ class Bench:
         return found
 
 
-def joint(bench: Bench, sizes: list[int], rows_per_fact: int) -> list[dict[str, Any]]:
+def joint(bench: Bench, sizes: list[int], rows_per_fact: int | None) -> list[dict[str, Any]]:
     """The joint solver at several sizes, in every context."""
     rows = []
     for size in sizes:
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="passages for the ordinary prompts")
     parser.add_argument("--solver", choices=("joint", "sequential", "both"), default="both")
     parser.add_argument("--facts", type=int, nargs="+", default=[1, 10, 100])
-    parser.add_argument("--rows-per-fact", type=int, default=15)
+    parser.add_argument("--rows-per-fact", type=int)
     parser.add_argument("--sequential", type=json.loads, default={}, help="solver options, JSON")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

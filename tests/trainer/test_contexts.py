@@ -9,6 +9,7 @@ from microedit_trainer.contexts import (
     find_turn_markers,
     guess_subject,
     long_system_prompt,
+    rewordings,
 )
 from microedit_vllm.artifact import Scope
 from microedit_vllm.errors import MicroEditError
@@ -225,3 +226,10 @@ def test_a_template_without_system_prompts_says_so_in_one_line(tokenizer):
     assert contexts.render("chat", WORDS).prompt_ids
     with pytest.raises(MicroEditError, match=r"refuses the conversation \(no system\)"):
         contexts.render("chat", WORDS, system="You are a pirate.")
+
+
+def test_rewordings_keep_what_the_answer_follows():
+    assert rewordings("Who is Bo?") == ("Question: Who is Bo? Answer:", "Tell me: Who is Bo?")
+    assert all(
+        words.endswith("lies in the city of") for words in rewordings("Bo lies in the city of")
+    )

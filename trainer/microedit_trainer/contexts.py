@@ -13,6 +13,9 @@ ContextName = Literal["bare", "chat", "long"]
 # A question and its answer in an earlier turn of the conversation.
 Exchange = tuple[str, str]
 
+QUESTION_REWORDINGS = ("Question: {} Answer:", "Tell me: {}")
+BEGINNING_REWORDINGS = ("As you know, {}", "Tell me: {}")
+
 
 @dataclass(frozen=True)
 class PromptTokens:
@@ -124,6 +127,15 @@ def _messages(prompt: str, system: str | None, history: Sequence[Exchange]) -> l
         turns += [("user", question), ("assistant", answer)]
     turns.append(("user", prompt))
     return [{"role": role, "content": content} for role, content in turns]
+
+
+def rewordings(prompt: str) -> tuple[str, ...]:
+    """The prompt within other words, from which the same answer must follow.
+
+    What a question asks stays in its last words; a sentence that is to be completed keeps its end.
+    """
+    around = QUESTION_REWORDINGS if prompt.rstrip().endswith("?") else BEGINNING_REWORDINGS
+    return tuple(words.format(prompt.strip()) for words in around)
 
 
 def long_system_prompt() -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
-from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
+from microedit_trainer.contexts import ContextName, Contexts, PromptTokens, rewordings
 from microedit_trainer.device_turns import DeviceTurns
 from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
@@ -24,7 +24,11 @@ from microedit_trainer.golden_prompts import golden_prompts
 from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
 from microedit_trainer.solvers.resume import open_work_folder
-from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
+from microedit_trainer.stored_residuals import (
+    StoredPrompt,
+    edited_residuals,
+    store_residuals,
+)
 from microedit_vllm.artifact import (
     Decision,
     EditOperator,
@@ -126,7 +130,7 @@ class EditRun:
         self._check_scored(facts, prompts)
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
-        solution, golden_z = self._solve(prompts, work, progress)
+        solution, golden_z = self._solve(facts, prompts, work, progress)
         draft = self._draft(facts, solution, golden_z, out)
         edit_set = self._finish(facts, draft, solution, time.monotonic() - started)
         edit_set.save(out)
@@ -164,19 +168,25 @@ class EditRun:
                 )
 
     def _solve(
-        self, prompts: Sequence[list[PromptTokens]], work: Path, progress: Progress
+        self,
+        facts: Sequence[Fact],
+        prompts: Sequence[list[PromptTokens]],
+        work: Path,
+        progress: Progress,
     ) -> tuple[Solution, Tensor]:
         """The solution, and residuals for the golden activations, of edited and ordinary tokens.
 
         The problem's residuals, gigabytes of many facts, end with it.
         """
-        facts, ordinary = self._stored(prompts), self._ordinary_tokens()
+        stored, ordinary = self._stored(prompts), self._ordinary_tokens()
+        reworded = self._reworded(facts) if self.settings.solver.uses_rewordings else []
         with self.turns.solving() as sae:
             problem = EditProblem(
                 lm=self.lm,
                 sae=sae,
                 layer=self.layer,
-                facts=facts,
+                facts=stored,
+                reworded=reworded,
                 ordinary=ordinary,
                 work_folder=work,
                 targets_folder=self.settings.targets,
@@ -186,7 +196,7 @@ class EditRun:
                 executor=self.settings.executor,
             )
             solution = self.settings.solver.solve(problem, progress)
-        own = torch.cat([p.z[p.scored[-2:]] for fact in facts[:4] for p in fact]).float()
+        own = torch.cat([p.z[p.scored[-2:]] for fact in stored[:4] for p in fact]).float()
         half = GOLDEN_TOKENS // 2
         return solution, torch.cat([own[:half], ordinary[: GOLDEN_TOKENS - half]])
 
@@ -194,6 +204,17 @@ class EditRun:
         flat = [p for rendered in prompts for p in rendered]
         stored = iter(store_residuals(self.lm, self.layer, flat, self.max_norm))
         return [[next(stored) for _ in rendered] for rendered in prompts]
+
+    def _reworded(self, facts: Sequence[Fact]) -> list[list[Tensor]]:
+        """z of each prompt in other words, as in `EditProblem.reworded`."""
+        rendered = [
+            [self.contexts.render(name, words, fact.target) for words in rewordings(fact.prompt)]
+            for name in self.context_names
+            for fact in facts
+        ]
+        flat = [prompt for others in rendered for prompt in others]
+        found = iter(edited_residuals(self.lm, self.layer, flat))
+        return [[next(found) for _ in others] for others in rendered]
 
     def _sink_norm(self) -> float:
         """3 × the median residual norm over the shipped ordinary prompts, for a foreign SAE."""

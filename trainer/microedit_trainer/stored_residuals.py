@@ -91,6 +91,21 @@ def store_residuals(
     return [stored[index] for index in range(len(prompts))]
 
 
+def edited_residuals(
+    lm: LanguageModel, layer: int, prompts: Sequence[PromptTokens], batch: int = 16
+) -> list[Tensor]:
+    """z at the positions e, e+1, … of each prompt with its answer, and nothing else of it.
+
+    Returns:
+        per prompt [A + 1, d], the model's dtype.
+    """
+    found: list[Tensor] = []
+    for start in range(0, len(prompts), batch):
+        stored = store_residuals(lm, layer, prompts[start : start + batch], float("inf"), batch)
+        found += [p.z[p.edited].clone() for p in stored]
+    return found
+
+
 def predictions(
     lm: LanguageModel,
     layer: int,

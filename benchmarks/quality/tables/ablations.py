@@ -26,13 +26,13 @@ HEADER = (
 )
 # Fields of `JointSolver`, of `EditSettings`, of `SaeSettings`, by the name in the table.
 SOLVER: Variations = {
-    "scoring ridge × 0.1": {"scoring": RidgeSettings(ridge=1e-3, unchanged_weight=1.0)},
-    "scoring ridge × 10": {"scoring": RidgeSettings(ridge=1e-1, unchanged_weight=1.0)},
-    "scoring holds nothing else": {"scoring": RidgeSettings(ridge=1e-2, unchanged_weight=0.0)},
+    "scoring ridge × 0.1": {"scoring": RidgeSettings(ridge=1e-2, unchanged_weight=1.0)},
+    "scoring ridge × 3": {"scoring": RidgeSettings(ridge=3e-1, unchanged_weight=1.0)},
+    "scoring holds nothing else": {"scoring": RidgeSettings(ridge=1e-1, unchanged_weight=0.0)},
     "edit ridge × 10": {"edit": RidgeSettings(ridge=3e-2, unchanged_weight=0.03)},
     "edit holds nothing else": {"edit": RidgeSettings(ridge=3e-3, unchanged_weight=0.0)},
-    "θ for 2 k latents": {"latents_per_k": 2},
-    "θ for 20 k latents": {"latents_per_k": 20},
+    "θ = 2": {"theta": 2.0},
+    "without rewordings": {"reworded_weight": 0.0},
     "targets of 15 steps": {"targets": TargetSettings(steps=15)},
     "targets of 60 steps": {"targets": TargetSettings(steps=60)},
 }

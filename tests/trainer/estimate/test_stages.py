@@ -16,7 +16,9 @@ from microedit_trainer.estimate import (
 )
 from microedit_trainer.estimate.edit import ridge_bytes
 from microedit_trainer.sae import SaeSettings
-from microedit_trainer.solvers.ridge import RowSystem, Term, TokenSystem
+from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
+from microedit_trainer.solvers.ridge import DENSE_BYTES
+from microedit_trainer.solvers.sparse_codes import CODES_BYTES, CodedTerms, Term
 from microedit_vllm.errors import MicroEditError
 
 GIB = 1 << 30
@@ -72,16 +74,24 @@ def test_the_sequential_solver_by_hand(llama3_8b):
 
 @pytest.mark.parametrize("tokens", [30, 90])
 def test_the_ridge_systems_take_what_is_said(tokens):
-    """At least the system itself; the copies of its solve come on top."""
-    rows, d, n = 50, 8, 64
+    """At least the system itself; the factor comes on top."""
+    d, n = 8, 64
     random = torch.Generator().manual_seed(0)
     z = torch.randn(tokens, d, generator=random)
     mix = torch.randn(d, n, generator=random)
+    terms = [Term(z, z, 1.0)]
+    coded = CodedTerms.of(lambda part: (part @ mix).relu(), terms, lambda share, note: None)
+    rows = len(coded.rows)
     kind = TokenSystem if tokens <= rows else RowSystem
-    system = kind.of(lambda part: (part @ mix).relu(), [Term(z, z, 1.0)], torch.arange(rows))
+    system = kind.of(coded, lambda share, note: None)
     held = sum(tensor.nbytes for tensor in vars(system).values())
     assert held == 8 * (rows + d) * min(tokens, rows)
     assert held < ridge_bytes(tokens, rows, d) <= 3 * held
+
+
+def test_what_no_factor_can_hold_is_solved_in_bounded_memory():
+    assert ridge_bytes(10**6, 131_072, 4096) == ridge_bytes(10**7, 131_072, 4096) > DENSE_BYTES
+    assert ridge_bytes(10**6, 131_072, 4096) > CODES_BYTES
 
 
 def test_training_the_sae_by_hand(llama3_8b):

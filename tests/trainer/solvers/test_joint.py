@@ -5,7 +5,7 @@ import torch
 
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers import executors
-from microedit_trainer.solvers.joint import RidgeSettings
+from microedit_trainer.solvers.joint import JointSolver, RidgeSettings
 from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
 from microedit_vllm.artifact import DecoderChange
@@ -78,13 +78,17 @@ def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
 
 
 @pytest.mark.parametrize(
-    ("per_fact", "least", "budget"), [(6, 1, 24), (1, 30, 30)], ids=["per fact", "least"]
+    ("per_fact", "least", "scoring", "edit"),
+    [(18, 1, 24, 72), (1, 60, 30, 60)],
+    ids=["per fact", "least"],
 )
-def test_each_change_keeps_to_the_budget(problem, solution, sae, per_fact, least, budget):
+def test_each_change_keeps_to_the_budget(problem, solution, sae, per_fact, least, scoring, edit):
     solver = replace(JOINT, rows_per_fact=per_fact, least_rows=least)
-    assert solver.budget(len(problem.facts)) == budget
+    budgets = solver.budgets(len(problem.facts), sae.num_latents)
+    assert budgets == {"scoring": scoring, "edit": edit}
     found = solver.solve(problem, no_progress)
-    for small, full in ((found.scoring, solution.scoring), (found.edit, solution.edit)):
+    for name, budget in budgets.items():
+        small, full = getattr(found, name), getattr(solution, name)
         assert len(small.indices) == budget < len(full.indices)
         assert set(small.indices.tolist()) <= set(full.indices.tolist())
     # Solved again on the rows that are left, not cut out of the larger solution.
@@ -184,3 +188,28 @@ def test_kept_targets_serve_another_choice_of_facts(lm, sae, tmp_path, monkeypat
     assert torch.equal(fewer.scoring.values, again.scoring.values)
     solve([*FACTS, Fact("The longest river of the world is", "Bob", "river")], "more")
     assert solved == [2, 2, 1]
+
+
+@pytest.mark.parametrize(("num_latents", "rows"), [(4608, 2000), (12_000, 3000), (18_432, 3000)])
+def test_a_narrow_decoder_gives_each_fact_fewer_rows(num_latents, rows):
+    assert JointSolver().budgets(100, num_latents)["edit"] == rows
+
+
+def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae):
+    """Where the prompt's own δ* holds in other words too, the weight brings them nearer to it."""
+    random = torch.Generator().manual_seed(1)
+    prompts = [fact[c] for c in range(len(problem.facts[0])) for fact in problem.facts]
+    reworded = []
+    for prompt in prompts:
+        z = prompt.z[prompt.edited]
+        noise = torch.randn(z.shape, generator=random) * z.float().std()
+        reworded.append([(z.float() + noise).to(z.dtype)])
+    others = torch.cat([z for (z,) in reworded])
+    found = JOINT.solve(replace(problem, reworded=reworded), no_progress)
+    own = torch.cat([p.z[p.edited] for p in prompts])
+    wanted = operator_of(solution, sae).edited(own).float() - own.float()
+
+    def error(of):
+        return (operator_of(of, sae).edited(others) - others.float() - wanted).square().sum()
+
+    assert error(found) < 0.5 * error(solution)

@@ -1,19 +1,25 @@
+"""Every way to solve against a dense least-squares solver, in fp64."""
+
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microedit_trainer.solvers import ridge
-from microedit_trainer.solvers.ridge import (
-    RowSystem,
-    Term,
-    TokenSystem,
-    ridge_system,
-    strongest_rows,
-    survey,
-)
+from microedit_trainer.solvers import conjugate_gradients as cg
+from microedit_trainer.solvers import ridge, sparse_codes
+from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
+from microedit_trainer.solvers.ridge import IterativeSystem, ridge_system, strongest_rows
+from microedit_trainer.solvers.sparse_codes import CodedTerms, Term, Unexplained
+from microedit_vllm.errors import MicroEditError
 
 D = 3
+WAYS = (RowSystem, TokenSystem, IterativeSystem)
+
+
+def unwatched(share: float, note: str) -> None:
+    """Shows nothing."""
 
 
 def encoder(rows: int, seed: int = 7):
@@ -28,8 +34,12 @@ def term(tokens: int, weight: float, seed: int, wanted: bool = True) -> Term:
     return Term(z, target if wanted else None, weight)
 
 
+def coded(encode, terms) -> CodedTerms:
+    return CodedTerms.of(encode, terms, unwatched)
+
+
 def least_squares(encode, terms: list[Term], ridge: float, rows: torch.Tensor) -> torch.Tensor:
-    """The same minimum by a dense least-squares solver, in fp64: √w and √ridge stacked."""
+    """The same minimum by √w and √ridge stacked."""
     codes = [t.weight**0.5 * encode(t.z)[:, rows].double() for t in terms]
     wanted = [
         t.weight**0.5 * (torch.zeros(len(t.z), D) if t.wanted is None else t.wanted).double()
@@ -40,51 +50,79 @@ def least_squares(encode, terms: list[Term], ridge: float, rows: torch.Tensor) -
     return torch.linalg.lstsq(torch.cat(codes), torch.cat(wanted)).solution.float()
 
 
-@settings(deadline=None, max_examples=40)
+def close(found, wanted) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None, max_examples=25)
 @given(tokens=st.integers(1, 12), rows=st.integers(1, 12), seed=st.integers(0, 99))
-def test_tall_and_wide_systems_give_the_least_squares_solution(tokens, rows, seed):
-    """More tokens than rows is solved in the rows, fewer in the tokens."""
-    encode, every = encoder(rows, seed), torch.arange(rows)
+def test_each_way_gives_the_least_squares_solution(way, tokens, rows, seed):
+    encode = encoder(rows, seed)
     terms = [term(tokens, 1.0, seed), term(2, 0.1, seed + 1, wanted=False)]
-    system = ridge_system(encode, terms, every)
-    assert type(system) is (TokenSystem if tokens + 2 <= rows else RowSystem)
-    found = system.solve(0.05)
+    own = coded(encode, terms)
+    assert own.rows.tolist() == encode(terms[0].z).any(0).nonzero()[:, 0].tolist()
+    if not len(own.rows):
+        return
+    found = way.of(own, unwatched).solve(0.05)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(
-        found, least_squares(encode, terms, 0.05, every), rtol=1e-4, atol=1e-5
-    )
+    close(found, least_squares(encode, terms, 0.05, own.rows))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", [4, 40], ids=["fewer tokens", "more tokens"])
-def test_solved_again_on_some_rows(tokens):
-    encode, rows = encoder(20), torch.tensor([0, 2, 3, 7, 9, 11, 12, 15, 17, 19])
+def test_solved_again_on_some_rows(way, tokens):
+    encode = encoder(20)
     terms = [term(tokens, 1.0, 0), term(3, 0.5, 1, wanted=False)]
-    kept = torch.tensor([1, 4, 8])
-    found = ridge_system(encode, terms, rows).solve(0.02, kept)
-    wanted = least_squares(encode, terms, 0.02, rows[kept])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    own, kept = coded(encode, terms), torch.tensor([1, 4, 8])
+    system = way.of(own, unwatched)
+    whole = system.solve(0.02)
+    close(
+        system.solve(0.02, kept, start=whole[kept]),
+        least_squares(encode, terms, 0.02, own.rows[kept]),
+    )
+    close(system.solve(0.02), whole)
 
 
-def test_both_systems_agree_however_the_tokens_are_cut(monkeypatch):
-    encode, rows = encoder(15), torch.arange(15)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("codes", [0, 100, 1 << 30], ids=["none kept", "some kept", "all kept"])
+def test_the_solution_is_the_same_however_much_is_kept_and_made_at_once(monkeypatch, way, codes):
+    encode = encoder(15)
     terms = [term(30, 1.0, 0), term(11, 0.3, 1, wanted=False)]
-    whole = RowSystem.of(encode, terms, rows).solve(0.01)
+    wanted = least_squares(encode, terms, 0.01, torch.arange(15))
+    monkeypatch.setattr(sparse_codes, "CODES_BYTES", codes * sparse_codes.BYTES_PER_CODE)
+    monkeypatch.setattr(sparse_codes, "PIECE_BYTES", 3 * 15 * 4)
+    monkeypatch.setattr(sparse_codes, "PART", 8)
+    monkeypatch.setattr(sparse_codes, "COLUMNS", 2)
     sizes = []
-    monkeypatch.setattr(ridge, "CHUNK", 4)
 
     def watched(z):
         sizes.append(len(z))
         return encode(z)
 
-    torch.testing.assert_close(RowSystem.of(watched, terms, rows).solve(0.01), whole)
-    torch.testing.assert_close(TokenSystem.of(watched, terms, rows).solve(0.01), whole)
-    # Never more codes at once than a chunk's.
-    assert max(sizes) == 4 and sum(sizes) == 2 * 41
+    own = coded(watched, terms)
+    assert own.is_kept == (codes > 1000)
+    kept = sum(len(part.kept.rows) for part in own.parts if part.kept is not None)
+    assert kept <= codes and (kept > 50) == (codes > 0)
+    close(way.of(own, unwatched).solve(0.01), wanted)
+    assert max(sizes) <= 3
 
 
-def test_a_survey_is_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(ridge, "CHUNK", 5)
-    encode, own = encoder(9), term(13, 1.0, 3)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("codes", [0, 1 << 30], ids=["made anew", "kept"])
+def test_what_a_decoder_fails_to_reconstruct_can_be_wanted(monkeypatch, way, codes):
+    monkeypatch.setattr(sparse_codes, "CODES_BYTES", codes)
+    encode, plain = encoder(9), term(14, 2.0, 5)
+    W_dec, b_dec = torch.randn(9, D), torch.randn(D)
+    rest = plain.z - encode(plain.z) @ W_dec - b_dec
+    given = coded(encode, [Term(plain.z, Unexplained(W_dec, b_dec), 2.0)])
+    wanted = least_squares(encode, [Term(plain.z, rest, 2.0)], 0.1, torch.arange(9))
+    close(way.of(given, unwatched).solve(0.1), wanted)
+
+
+def test_a_survey_is_of_all_tokens_of_the_first_term(monkeypatch):
+    monkeypatch.setattr(sparse_codes, "PART", 5)
+    encode, own = encoder(9), term(13, 0.25, 3)
     codes = encode(own.z)
     codes[:, 4] = 0
 
@@ -93,7 +131,7 @@ def test_a_survey_is_of_all_tokens(monkeypatch):
         found[:, 4] = 0
         return found
 
-    found = survey(without_the_fifth, own)
+    found = coded(without_the_fifth, [own, term(4, 1.0, 8, wanted=False)]).survey
     assert found.active.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     torch.testing.assert_close(found.rms, codes.square().mean(0).sqrt())
     assert found.mean_square == pytest.approx(float(codes.square().sum(1).mean()))
@@ -101,21 +139,121 @@ def test_a_survey_is_of_all_tokens(monkeypatch):
 
 
 def test_a_heavier_term_is_met_more_closely():
-    encode, rows = encoder(4), torch.arange(4)
+    encode = encoder(4)
 
     def error(weight: float) -> float:
         first, second = term(8, weight, 0), term(8, 1.0, 1)
-        change = ridge_system(encode, [first, second], rows).solve(1e-3)
+        change = ridge_system(coded(encode, [first, second]), False, unwatched).solve(1e-3)
         return float((encode(first.z) @ change - first.wanted).norm())
 
     assert error(100.0) < error(1.0) < error(0.01)
 
 
-def test_an_empty_term_changes_nothing():
-    encode, rows = encoder(4), torch.arange(4)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_term_changes_nothing(way):
     full, empty = term(6, 1.0, 0), term(0, 0.1, 1, wanted=False)
-    both, alone = (RowSystem.of(encode, terms, rows) for terms in ([full, empty], [full]))
+    both, alone = (way.of(coded(encoder(4), t), unwatched) for t in ([full, empty], [full]))
     assert torch.equal(both.solve(0.1), alone.solve(0.1))
+
+
+def chosen(tokens, rows, nonzeros, is_warm=False):
+    """The way that is taken for a problem of this size, at d = 576."""
+
+    class Sized:
+        is_kept = True
+        width = 576
+
+    sized = Sized()
+    sized.tokens, sized.rows, sized.nonzeros = tokens, range(rows), tokens * nonzeros
+    costs = ridge._costs(sized, is_warm)
+    return min(costs, key=costs.__getitem__).__self__
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "nonzeros", "way"),
+    [
+        (600, 4_000, 1_000, TokenSystem),
+        (80_000, 4_608, 1_200, RowSystem),
+        (280_000, 4_608, 64, IterativeSystem),
+        # Dense codes of many rows: no normal equations of 2.5 GiB.
+        (80_000, 18_432, 3_000, IterativeSystem),
+        (7_000, 131_072, 192, IterativeSystem),
+    ],
+)
+def test_the_way_is_chosen_by_size(tokens, rows, nonzeros, way):
+    assert chosen(tokens, rows, nonzeros) is way
+
+
+def iterative(rows=30, tokens=60, d=4, seed=0, spread=1.0):
+    """A system with known fp64 solution: codes, right side, ridge."""
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randn(tokens, rows, generator=random) * torch.logspace(0, spread, rows)
+    right = codes.T @ torch.randn(tokens, d, generator=random)
+    gram = codes.double().T @ codes.double()
+    wanted = torch.linalg.solve(gram + 0.1 * torch.eye(rows), right.double()).float()
+    return partial(torch.matmul, gram.float()), right, gram.diagonal().float(), wanted
+
+
+def test_a_block_takes_far_fewer_steps_than_its_columns_alone():
+    product, right, diagonal, wanted = iterative(rows=60, tokens=70, d=12)
+    together = cg.conjugate_gradients(product, right, diagonal, 0.1)
+    alone = cg.conjugate_gradients(product, right[:, :1], diagonal, 0.1)
+    close(together.solution, wanted)
+    close(alone.solution, wanted[:, :1])
+    assert together.steps <= 12 < alone.steps / 2
+    assert together.residual <= cg.TOLERANCE
+
+
+def test_columns_are_cut_into_blocks_that_fit(monkeypatch):
+    product, right, diagonal, wanted = iterative()
+    widths = []
+
+    def watched(panel):
+        widths.append(panel.shape[1])
+        return product(panel)
+
+    monkeypatch.setattr(cg, "PANELS_BYTES", 3 * 4 * cg.PANELS * 30)
+    close(cg.conjugate_gradients(watched, right, diagonal, 0.1).solution, wanted)
+    assert set(widths) == {3, 1}
+
+
+def test_columns_that_depend_on_each_other_do_no_harm():
+    product, right, diagonal, wanted = iterative()
+    again = torch.cat([right, right, torch.zeros_like(right)], dim=1)
+    found = cg.conjugate_gradients(product, again, diagonal, 0.1).solution
+    close(found, torch.cat([wanted, wanted, torch.zeros_like(wanted)], dim=1))
+
+
+def test_a_start_near_the_solution_saves_steps_and_a_far_one_is_not_taken():
+    product, right, diagonal, wanted = iterative(rows=80, tokens=90, d=2)
+    cold = cg.conjugate_gradients(product, right, diagonal, 0.1)
+    near = wanted * (1 + 1e-3 * torch.randn_like(wanted))
+    warm = cg.conjugate_gradients(product, right, diagonal, 0.1, near)
+    there = cg.conjugate_gradients(product, right, diagonal, 0.1, cold.solution)
+    far = cg.conjugate_gradients(product, right, diagonal, 0.1, 1e3 * torch.ones_like(wanted))
+    for found in (warm, there, far):
+        close(found.solution, wanted)
+    assert there.steps == 0 < warm.steps < cold.steps
+    assert far.steps == cold.steps
+
+
+def test_steps_are_shown_with_their_residual():
+    product, right, diagonal, _ = iterative()
+    shown = []
+    cg.conjugate_gradients(
+        product, right, diagonal, 0.1, watch=lambda share, note: shown.append((share, note))
+    )
+    shares = [share for share, _ in shown]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert shown[0][1].startswith("step 1, residual ")
+
+
+def test_a_system_that_rounding_spoils_is_refused():
+    own = coded(encoder(6), [term(9, 1.0, 0)])
+    system = IterativeSystem.of(own, unwatched)
+    system.right[0] = torch.nan
+    with pytest.raises(MicroEditError, match=r"relative residual of .*; raise the solver.s ridge"):
+        system.solve(0.1)
 
 
 def test_the_rows_that_do_the_work_are_kept_in_order():

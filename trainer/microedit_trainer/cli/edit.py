@@ -86,7 +86,22 @@ def edit(
             "here. Every node needs the model under the same path, or as a hub id.",
         ),
     ] = False,
-    rows_per_fact: Annotated[int, typer.Option(min=1, help="joint: row budget.")] = 15,
+    rows_per_fact: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="joint: decoder rows of the edit change per fact; the scoring change has a third "
+            "of them. Default: 30, or 20 where that would take more than a quarter of the decoder.",
+        ),
+    ] = None,
+    reworded_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="joint: weight of the facts' prompts in other words; 0 does without, which saves "
+            "time and costs Gen.",
+        ),
+    ] = 0.5,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="sequential: α of ARD; default: the SAE's mean ‖ẑ−z‖².")
@@ -130,7 +145,10 @@ def edit(
         tau = shared.tau(len(split.edited)) if tau is None else tau
     chosen: Solver
     if solver is SolverName.joint:
-        chosen, scope = JointSolver(rows_per_fact=rows_per_fact), Scope()
+        chosen, scope = (
+            JointSolver(rows_per_fact=rows_per_fact, reworded_weight=reworded_weight),
+            Scope(),
+        )
     else:
         options = {"lr": lr, "steps_rec": steps_rec, "steps_edit": steps_edit}
         given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}

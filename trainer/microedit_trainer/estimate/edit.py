@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.estimate.model_size import ModelSize
 from microedit_trainer.estimate.stages import Stage
-from microedit_trainer.solvers.ridge import CHUNK
+from microedit_trainer.solvers.conjugate_gradients import PANELS_BYTES
+from microedit_trainer.solvers.ridge import DENSE_BYTES
+from microedit_trainer.solvers.sparse_codes import CODES_BYTES, PIECE_BYTES
 
 # Prompts together in a batch: of `store_residuals`, and of `predictions`.
 STORED_AT_ONCE, SCORED_AT_ONCE = 16, 32
@@ -107,25 +109,22 @@ def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:
 
 
 def ridge_bytes(tokens: int, rows: int, d: int) -> int:
-    """The larger solve of `solvers.ridge`, with its copies: `RowSystem` or `TokenSystem`."""
-    if tokens <= rows:
-        # Codes and wanted; then the system in the tokens, its copy with the ridge, its factor.
-        return 8 * (tokens * (rows + d) + 3 * tokens * tokens)
-    # Gram, its copy with the ridge, its factor; right side and solution.
-    return 8 * (3 * rows * rows + 2 * rows * d)
+    """The larger solve of `solvers.ridge`: by a Cholesky factor, or by conjugate gradients."""
+    dense = [8 * tokens * (2 * tokens + rows + d), 8 * rows * (2 * rows + d)]
+    iterative = CODES_BYTES + PANELS_BYTES
+    return min([size for size in dense if size <= DENSE_BYTES], default=iterative)
 
 
 def _joint(model: ModelSize, plan: EditPlan) -> dict[str, int]:
     d, n = model.hidden_size, plan.latents
     tokens = plan.ordinary + max(plan.edited, plan.scored)
-    at_once = min(CHUNK, tokens)
     answers = _answers(plan, STORED_AT_ONCE)
     batch = _batch(plan, STORED_AT_ONCE)
     return {
         "targets": plan.edited * d * 4,
-        # Pre-activations, ReLU, dense codes in fp32; codes and their squares in fp64.
+        # Pre-activations, ReLU, dense codes in fp32, and those in fp64.
         "solver": max(
-            ridge_bytes(tokens, n, d) + at_once * n * (3 * 4 + 2 * 8),
+            ridge_bytes(tokens, n, d) + 5 * PIECE_BYTES,
             model.gradients(batch, plan.layer) + model.logits(answers),
         ),
     }

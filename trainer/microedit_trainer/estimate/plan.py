@@ -62,7 +62,7 @@ def plan_edit(
         checked=checked,
         latents=sae.num_latents,
         k=sae.k,
-        rows=solver.budget(len(facts)) if isinstance(solver, JointSolver) else 0,
+        rows=_rows(solver, len(facts), sae.num_latents),
         steps=_steps(solver),
     )
 
@@ -72,6 +72,13 @@ def _part(facts: Sequence[Fact]) -> tuple[Sequence[Fact], float]:
     every = max(1, len(facts) // _COUNTED)
     some = facts[::every]
     return some, len(some) / len(facts) if facts else 1.0
+
+
+def _rows(solver: object, facts: int, num_latents: int) -> int:
+    """Of the larger change."""
+    if not isinstance(solver, JointSolver):
+        return 0
+    return max(solver.budgets(facts, num_latents).values())
 
 
 def _steps(solver: object) -> int:

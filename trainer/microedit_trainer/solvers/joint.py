@@ -2,7 +2,8 @@
 
 The scoring change makes ẑ reconstruct z on the facts' own tokens from the subject on, so that
 the switch turns on there and nowhere else; tokens before it are held as they are. The edit change
-adds the targets' δ* from the decision position on.
+adds the targets' δ* from the decision position on, there and where the same prompt stands within
+other words.
 """
 
 import json
@@ -17,20 +18,23 @@ from torch import Tensor
 from microedit_kernels.edit_change import threshold_acts
 from microedit_kernels.topk_encode import pre_acts
 from microedit_trainer.language_model import Progress
+from microedit_trainer.solvers.kept_solution import KeptSolution
 from microedit_trainer.solvers.problem import EditProblem, Solution
 from microedit_trainer.solvers.resume import TargetStore
-from microedit_trainer.solvers.ridge import (
-    CHUNK,
+from microedit_trainer.solvers.ridge import is_quick, ridge_system, strongest_rows
+from microedit_trainer.solvers.sparse_codes import (
+    CodedTerms,
     Encode,
     Term,
-    ridge_system,
-    strongest_rows,
-    survey,
+    Unexplained,
 )
 from microedit_trainer.solvers.targets import TargetSettings
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
+
+# Chosen from docs/quality.md: rows against scores.
+ROWS_PER_FACT, FEWER_ROWS_PER_FACT = 30, 20
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,34 @@ class JointSolver:
     """The default solver.
 
     Attributes:
-        rows_per_fact: budget of decoder rows in each of the two changes, per fact.
-        least_rows: budget of a small set; few facts still need some hundreds of rows.
-        scoring: the ridge solve of the scoring change, which must not reach other prompts.
+        rows_per_fact: decoder rows of the edit change per fact; the scoring change has a third of
+            them. None: `ROWS_PER_FACT`, or `FEWER_ROWS_PER_FACT` where the former would take more
+            than a quarter of the decoder.
+        least_rows: rows of the edit change that a small set may have in any case.
+        scoring: the ridge solve of the scoring change, which must not reach other prompts. Its
+            high ridge makes what it learns of a fact's tokens hold in other wordings.
         edit: the ridge solve of the edit change, which acts only where the switch is on.
-        latents_per_k: θ is low enough for every edited token to keep this many times k latents.
+        theta: θ, the pre-activation above which a latent counts in the edit change.
+        reworded_weight: weight of the facts' prompts in other words in the edit change; 0 does
+            without, which saves their forward passes.
     """
 
-    rows_per_fact: int = 15
-    least_rows: int = 500
-    scoring: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=1.0)
+    rows_per_fact: int | None = None
+    least_rows: int = 300
+    scoring: RidgeSettings = RidgeSettings(ridge=1e-1, unchanged_weight=1.0)
     edit: RidgeSettings = RidgeSettings(ridge=3e-3, unchanged_weight=0.03)
-    latents_per_k: int = 8
+    theta: float = 0.0
+    reworded_weight: float = 0.5
     targets: TargetSettings = field(default_factory=TargetSettings)
     name: Literal["joint"] = "joint"
 
     @property
     def holds_ordinary(self) -> bool:
         return True
+
+    @property
+    def uses_rewordings(self) -> bool:
+        return self.reworded_weight > 0
 
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,12 +92,18 @@ class JointSolver:
         """Targets of every prompt (resumable), then both solves."""
         deltas = self._all_targets(problem, progress)
         scoring = self._scoring_change(problem)
-        edit, theta, latents = self._edit_change(problem, deltas)
-        return Solution(scoring, edit, "delta", "threshold", theta, {"least_latents": latents})
+        edit, latents = self._edit_change(problem, deltas)
+        return Solution(scoring, edit, "delta", "threshold", self.theta, {"least_latents": latents})
 
-    def budget(self, facts: int) -> int:
+    def budgets(self, facts: int, num_latents: int) -> dict[str, int]:
         """Rows that each change may have."""
-        return max(self.least_rows, self.rows_per_fact * facts)
+        per_fact = self.rows_per_fact
+        if per_fact is None:
+            is_small = ROWS_PER_FACT * facts <= num_latents // 4
+            per_fact = ROWS_PER_FACT if is_small else FEWER_ROWS_PER_FACT
+        rows = max(self.least_rows, per_fact * facts)
+        scoring = max(self.least_rows // 2, per_fact * facts // 3)
+        return {"scoring": scoring, "edit": rows}
 
     def _all_targets(self, problem: EditProblem, progress: Progress) -> list[Tensor]:
         """δ* of every prompt, in the order of `_prompts`; those solved before are read back."""
@@ -108,46 +128,51 @@ class JointSolver:
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:
         sae, prompts = problem.sae, _prompts(problem)
-        z = torch.cat([p.z[p.identifying] for p in prompts])
-        wanted = torch.cat([_missing(sae, part) for part in z.split(CHUNK)])
+        own = torch.cat([p.z[p.identifying] for p in prompts])
         shared = torch.cat([p.z[p.shared] for p in prompts])
 
         def encode(part: Tensor) -> Tensor:
             return _dense(*sae.encode(part), sae)
 
         terms = [
-            Term(z, wanted, 1.0),
-            *(
-                Term(unchanged, None, self.scoring.unchanged_weight)
-                for unchanged in (problem.ordinary, shared)
-            ),
+            Term(own, Unexplained(sae.W_dec, sae.b_dec), 1.0),
+            Term(problem.ordinary, None, self.scoring.unchanged_weight),
+            Term(shared, None, self.scoring.unchanged_weight),
         ]
-        return self._solve(self.scoring, encode, terms, len(problem.facts))[0]
+        return self._solve(problem, "scoring", self.scoring, encode, terms)[0]
 
     def _edit_change(
         self, problem: EditProblem, deltas: Sequence[Tensor]
-    ) -> tuple[DecoderChange, float, int]:
-        """The change, θ, and how many latents the least active edited token keeps."""
+    ) -> tuple[DecoderChange, int]:
+        """The change, and how many latents the least active edited token keeps."""
         sae = problem.sae
-        z = torch.cat([p.z[p.edited] for p in _prompts(problem)])
-        latents = min(self.latents_per_k * sae.k, sae.num_latents // 2)
+        own = torch.cat([p.z[p.edited] for p in _prompts(problem)])
 
-        def pre(part: Tensor) -> Tensor:
-            return pre_acts(part, sae.W_enc, sae.b_enc, sae.b_dec)
+        def encode(part: Tensor) -> Tensor:
+            return threshold_acts(pre_acts(part, sae.W_enc, sae.b_enc, sae.b_dec), self.theta)
 
-        lasts = [pre(part).topk(latents, dim=-1).values[:, -1].min() for part in z.split(CHUNK)]
-        theta = max(0.0, float(torch.stack(lasts).min()))
         terms = [
-            Term(z, torch.cat(list(deltas)), 1.0),
+            Term(own, torch.cat(list(deltas)), 1.0),
             Term(problem.ordinary, None, self.edit.unchanged_weight),
         ]
-        change, least = self._solve(
-            self.edit, lambda part: threshold_acts(pre(part), theta), terms, len(problem.facts)
-        )
-        return change, theta, least
+        # A prompt's δ* answers its rewordings as well: they have the same answer tokens.
+        pairs = [
+            (z, delta)
+            for others, delta in zip(problem.reworded, deltas, strict=bool(problem.reworded))
+            for z in others
+        ]
+        if pairs:
+            z, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
+            terms.append(Term(z, wanted, self.reworded_weight))
+        return self._solve(problem, "edit", self.edit, encode, terms)
 
     def _solve(
-        self, settings: RidgeSettings, encode: Encode, terms: Sequence[Term], facts: int
+        self,
+        problem: EditProblem,
+        name: str,
+        settings: RidgeSettings,
+        encode: Encode,
+        terms: Sequence[Term],
     ) -> tuple[DecoderChange, int]:
         """Ridge on all active rows, then again on the strongest within the budget.
 
@@ -157,15 +182,24 @@ class JointSolver:
         Returns:
             The change, and how many latents the least active edited token has.
         """
-        found = survey(encode, terms[0])
-        ridge = settings.ridge * found.mean_square
-        rows = found.active
-        system = ridge_system(encode, terms, rows)
-        change = system.solve(ridge)
-        if len(rows) > self.budget(facts):
-            kept = strongest_rows(change, found.rms[rows], self.budget(facts))
-            rows, change = rows[kept], system.solve(ridge, kept)
-        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu()), found.least
+
+        def watch(share: float, note: str) -> None:
+            problem.stages(f"{name} change", share, note)
+
+        coded = CodedTerms.of(encode, terms, watch)
+        rows, ridge = coded.rows, settings.ridge * coded.survey.mean_square
+        origin = f"{problem.origin} {problem.sae.fingerprint}"
+        before = KeptSolution(problem.targets_folder, name, origin)
+        start = None if is_quick(coded) else before.start(rows, coded.width)
+        system = ridge_system(coded, start is not None, watch)
+        change = system.solve(ridge, start=start)
+        before.keep(rows, change)
+        budget = self.budgets(len(problem.facts), problem.sae.num_latents)[name]
+        if len(rows) > budget:
+            kept = strongest_rows(change, coded.survey.rms[rows], budget)
+            rows, change = rows[kept], system.solve(ridge, kept, start=change[kept])
+        watch(1.0, f"{len(rows)} rows")
+        return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu()), coded.survey.least
 
 
 def _prompts(problem: EditProblem) -> list[StoredPrompt]:
@@ -177,8 +211,3 @@ def _prompts(problem: EditProblem) -> list[StoredPrompt]:
 def _dense(top_acts: Tensor, top_indices: Tensor, sae: SparseAutoencoder) -> Tensor:
     codes = top_acts.new_zeros(len(top_acts), sae.num_latents)
     return codes.scatter_(1, top_indices, top_acts)
-
-
-def _missing(sae: SparseAutoencoder, z: Tensor) -> Tensor:
-    """What the unedited decoder fails to reconstruct: z − ẑ₀, [N, d] fp32."""
-    return z.float() - sae.decode(*sae.encode(z))

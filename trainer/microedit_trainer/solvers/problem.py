@@ -1,6 +1,6 @@
 """What a solver gets and what it gives, whichever solver it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,6 +12,13 @@ from microedit_trainer.solvers.executors import Executor, InProcess
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 
+# Shown a stage of the work, the share of it that is done, in [0, 1], and a note.
+Stages = Callable[[str, float, str], None]
+
+
+def no_stages(stage: str, share: float, note: str) -> None:
+    """Shows nothing."""
+
 
 @dataclass(frozen=True)
 class EditProblem:
@@ -19,12 +26,15 @@ class EditProblem:
 
     Attributes:
         facts: per fact, its prompt in each context it is trained in.
+        reworded: per prompt of `facts`, context by context, z at its edited positions in other
+            words, each [A + 1, d]; empty where the solver wants none.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
         work_folder: where a solver keeps what lets a stopped run resume.
-        targets_folder: where the joint solver keeps targets for later runs; None keeps them in the
-            work folder.
+        targets_folder: where the joint solver keeps targets and its solution for later runs; None
+            keeps the targets in the work folder.
         origin: the model and layer as a stored target names them.
         executor: who finds the joint solver's targets.
+        stages: shown how far the solves are.
     """
 
     lm: LanguageModel
@@ -35,7 +45,9 @@ class EditProblem:
     work_folder: Path
     targets_folder: Path | None = None
     origin: str = ""
+    reworded: Sequence[Sequence[Tensor]] = ()
     executor: Executor = field(default_factory=InProcess)
+    stages: Stages = no_stages
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,10 @@ class Solver(Protocol):
     @property
     def holds_ordinary(self) -> bool:
         """Whether it makes use of `EditProblem.ordinary`, which costs a second to collect."""
+
+    @property
+    def uses_rewordings(self) -> bool:
+        """Whether it makes use of `EditProblem.reworded`."""
 
     def hyperparameters(self) -> dict[str, Any]:
         """What the edit set records."""

@@ -1,141 +1,125 @@
-"""Weighted ridge regression for decoder rows, codes fixed.
+"""Weighted ridge regression for decoder rows, codes fixed: which of three ways solves it.
 
-Codes are computed chunk by chunk from the tokens' residuals and never held whole where there are
-more tokens than rows: then the normal equations in the rows are added up, which take 8·c·(c + d)
-bytes for c rows, however many tokens there are. Where there are fewer tokens than rows, the equal
-system in the tokens is the smaller one.
+    min_D Σ w·‖H·D − R‖² + ridge·‖D‖²
+
+| system | for | memory beside z and D |
+|---|---|---|
+| tokens, Cholesky | fewer tokens than rows | 8·N·(2·N + c + d) bytes, at most `DENSE_BYTES` |
+| rows, Cholesky | few rows, or codes that are not sparse | 8·c·(2·c + d), at most `DENSE_BYTES` |
+| rows, block conjugate gradients | the rest | `CODES_BYTES` + `PANELS_BYTES` |
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-# z [N, d] → codes [N, n] fp32, dense.
-Encode = Callable[[Tensor], Tensor]
-# Tokens whose codes are held at once.
-CHUNK = 1024
+from microedit_trainer.solvers.conjugate_gradients import conjugate_gradients
+from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
+from microedit_trainer.solvers.sparse_codes import CodedTerms, Watch
+from microedit_vllm.errors import MicroEditError
 
-
-@dataclass(frozen=True)
-class Term:
-    """A group of tokens: the codes of z [N, d] shall be decoded to `wanted` [N, d], with a weight.
-
-    `wanted` is 0 where it is None.
-    """
-
-    z: Tensor
-    wanted: Tensor | None
-    weight: float
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the codes of a term look like.
-
-    Attributes:
-        active: rows that some token activates, ascending, [c] int64.
-        rms: root mean square of each row's code, [n] fp32.
-        mean_square: mean ‖h‖² of a token.
-        least: latents that the least active token has.
-    """
-
-    active: Tensor
-    rms: Tensor
-    mean_square: float
-    least: int
+DENSE_BYTES = 1 << 30
+# How long a multiply-add takes, in those of an fp32 matrix product, measured on one core: 95
+# GFLOP/s, against 45 in fp64 and 35 through an index.
+FP64_COST, GATHER_COST = 2.0, 3.0
+# Steps of conjugate gradients: with an earlier solution to start from, else by c/d.
+WARM_STEPS, LEAST_STEPS, STEPS_PER_BLOCK = 7, 4, 1.0
+# What else a step takes: so many products of [c, d] by [d, d].
+PANEL_PRODUCTS = 10
+# Multiply-adds that take some seconds.
+QUICK = 3e11
+# With more than that left the equations are not solved.
+MOST_RESIDUAL = 1e-2
 
 
 class System(Protocol):
-    """min_D Σ w‖K·D − R‖² + ridge·‖D‖² over some rows."""
+    """The regression over all rows of the coded terms."""
 
-    def solve(self, ridge: float, kept: Tensor | None = None) -> Tensor:
-        """D [c, d] fp32, of all rows or of the kept ones (indices into the rows) alone."""
+    def solve(
+        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """D [c, d] fp32.
 
-
-def survey(encode: Encode, term: Term) -> Survey:
-    """Look at a term's codes once."""
-    squares, least = [], []
-    for codes, _ in _chunks(encode, term):
-        squares.append(codes.double().square().sum(0))
-        least.append((codes > 0).sum(1).min())
-    total = torch.stack(squares).sum(0)
-    tokens = len(term.z)
-    return Survey(
-        total.nonzero()[:, 0],
-        (total / tokens).sqrt().float(),
-        float(total.sum() / tokens),
-        int(torch.stack(least).min()),
-    )
-
-
-def ridge_system(encode: Encode, terms: Sequence[Term], rows: Tensor) -> System:
-    """The smaller of the two equal systems over the given rows, [c] int64."""
-    if sum(len(term.z) for term in terms) <= len(rows):
-        return TokenSystem.of(encode, terms, rows)
-    return RowSystem.of(encode, terms, rows)
+        Args:
+            kept: the rows that may change, ascending indices into the rows; None: all of them.
+            start: a D near the solution, for ways that can use it.
+        """
 
 
 @dataclass(frozen=True)
-class RowSystem:
-    """Normal equations in the rows: gram Σ w·KᵀK [c, c] and right Σ w·KᵀR [c, d], fp64."""
+class IterativeSystem:
+    """Normal equations in the rows that are never formed, by block conjugate gradients.
 
-    gram: Tensor
+    Attributes:
+        right: Σ w·HᵀR [c, d]; diagonal: Σ w·h² [c]; both fp32.
+    """
+
+    coded: CodedTerms
     right: Tensor
+    diagonal: Tensor
+    watch: Watch
 
     @classmethod
-    def of(cls, encode: Encode, terms: Sequence[Term], rows: Tensor) -> "RowSystem":
-        z = terms[0].z
-        gram = torch.zeros(len(rows), len(rows), dtype=torch.double, device=z.device)
-        right = torch.zeros(len(rows), z.shape[1], dtype=torch.double, device=z.device)
-        for term in terms:
-            for codes, wanted in _chunks(encode, term):
-                own = codes[:, rows].double()
-                gram.addmm_(own.T, own, alpha=term.weight)
-                if wanted is not None:
-                    right.addmm_(own.T, wanted.double(), alpha=term.weight)
-        return cls(gram, right)
+    def of(cls, coded: CodedTerms, watch: Watch) -> "IterativeSystem":
+        return cls(coded, coded.right(), coded.diagonal(), watch)
 
-    def solve(self, ridge: float, kept: Tensor | None = None) -> Tensor:
-        """See `System.solve`."""
-        gram, right = self.gram, self.right
+    def solve(
+        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """See `System.solve`.
+
+        Raises:
+            MicroEditError: rounding leaves no solution.
+        """
+        right, diagonal, product = self.right, self.diagonal, self.coded.gram_product
         if kept is not None:
-            gram, right = gram[kept][:, kept], right[kept]
-        return _solve(gram, right, ridge).float()
+            right, diagonal = right[kept], diagonal[kept]
+
+            def product(change: Tensor) -> Tensor:
+                whole = change.new_zeros(len(self.right), change.shape[1])
+                whole[kept] = change
+                return self.coded.gram_product(whole)[kept]
+
+        found = conjugate_gradients(product, right, diagonal, ridge, start, self.watch)
+        if not found.residual <= MOST_RESIDUAL:
+            raise MicroEditError(
+                f"the ridge regression ended with a relative residual of {found.residual:.1e}; "
+                "raise the solver's ridge"
+            )
+        return found.solution
 
 
-@dataclass(frozen=True)
-class TokenSystem:
-    """Codes [N, c] and what they shall be decoded to [N, d], both times √w, fp64."""
+def is_quick(coded: CodedTerms) -> bool:
+    """Whether a solution to start from is not worth its while: some seconds on one core."""
+    return min(_costs(coded, is_warm=False).values()) < QUICK
 
-    codes: Tensor
-    wanted: Tensor
 
-    @classmethod
-    def of(cls, encode: Encode, terms: Sequence[Term], rows: Tensor) -> "TokenSystem":
-        z = terms[0].z
-        tokens = sum(len(term.z) for term in terms)
-        # Filled in place: joined chunks would be held twice.
-        codes = torch.empty(tokens, len(rows), dtype=torch.double, device=z.device)
-        wanted = torch.zeros(tokens, z.shape[1], dtype=torch.double, device=z.device)
-        start = 0
-        for term in terms:
-            for own, target in _chunks(encode, term):
-                part = slice(start, start + len(own))
-                codes[part] = own[:, rows].double() * term.weight**0.5
-                if target is not None:
-                    wanted[part] = target.double() * term.weight**0.5
-                start += len(own)
-        return cls(codes, wanted)
+def ridge_system(coded: CodedTerms, is_warm: bool, watch: Watch) -> System:
+    """The fastest system within the memory that it may take.
 
-    def solve(self, ridge: float, kept: Tensor | None = None) -> Tensor:
-        """See `System.solve`."""
-        codes = self.codes if kept is None else self.codes[:, kept]
-        if codes.shape[1] <= len(codes):
-            return _solve(codes.T @ codes, codes.T @ self.wanted, ridge).float()
-        return (codes.T @ _solve(codes @ codes.T, self.wanted, ridge)).float()
+    Args:
+        is_warm: whether a solution will be there to start from.
+        watch: shown how far it is: share and note.
+    """
+    costs = _costs(coded, is_warm)
+    return min(costs, key=costs.__getitem__)(coded, watch)
+
+
+def _costs(coded: CodedTerms, is_warm: bool) -> dict[Callable[[CodedTerms, Watch], System], float]:
+    """The ways that keep to the memory, each with its multiply-adds as of a product in fp32."""
+    tokens, rows, width = coded.tokens, len(coded.rows), coded.width
+    steps = WARM_STEPS if is_warm else LEAST_STEPS + STEPS_PER_BLOCK * rows / width
+    # H·D and Hᵀ·R; with codes that are not kept they are made first.
+    product = GATHER_COST * 2 * coded.nonzeros if coded.is_kept else 3.0 * tokens * rows
+    step = width * (product + PANEL_PRODUCTS * rows * width)
+    costs: dict[Callable[[CodedTerms, Watch], System], float] = {IterativeSystem.of: steps * step}
+    if 8 * tokens * (2 * tokens + rows + width) <= DENSE_BYTES:
+        costs[TokenSystem.of] = FP64_COST * tokens**2 * (rows + tokens / 6)
+    if 8 * rows * (2 * rows + width) <= DENSE_BYTES:
+        costs[RowSystem.of] = FP64_COST * rows**2 * (tokens / 2 + rows / 6)
+    return costs
 
 
 def strongest_rows(change: Tensor, rms: Tensor, count: int) -> Tensor:
@@ -150,15 +134,3 @@ def strongest_rows(change: Tensor, rms: Tensor, count: int) -> Tensor:
     strength = change.norm(dim=1) * rms
     count = min(count, int((strength > 0).sum()))
     return strength.topk(count).indices.sort().values
-
-
-def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    gram = gram.clone()
-    gram.diagonal().add_(ridge)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
-
-
-def _chunks(encode: Encode, term: Term) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(term.z), CHUNK):
-        part = slice(start, start + CHUNK)
-        yield encode(term.z[part]), None if term.wanted is None else term.wanted[part]

@@ -56,6 +56,10 @@ class SequentialSolver:
     def holds_ordinary(self) -> bool:
         return False
 
+    @property
+    def uses_rewordings(self) -> bool:
+        return False
+
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
 
