@@ -21,9 +21,11 @@ from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
 from microedit_trainer.golden_prompts import golden_prompts
 from microedit_trainer.language_model import LanguageModel, Progress
+from microedit_trainer.residual_store import ResidualStore
 from microedit_trainer.solvers import EditProblem, Solution, Solver
+from microedit_trainer.solvers.problem import Stages, no_stages
 from microedit_trainer.solvers.resume import open_work_folder
-from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
+from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import (
     Decision,
     EditOperator,
@@ -43,6 +45,9 @@ from microedit_vllm.errors import MicroEditError
 GOLDEN_TOKENS = 16
 # Facts among which the golden prompts are looked for.
 GOLDEN_FACTS = 16
+# Facts whose wording is tried with another subject, when τ is chosen: enough for a share of 5% to
+# be known to 0.7% (one standard deviation).
+MOST_SWAPPED = 1000
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class EditSettings:
         contexts: contexts that the facts are trained in. None: all that the model has, the bare
             one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
-        targets: folder in which the joint solver keeps the facts' targets for later runs.
+        targets: folder in which a run keeps, for later ones, what does not depend on the other
+            facts: residuals and the joint solver's targets; and that solver's last solution.
         language: which language the facts were read in, for the record; see `read_facts`.
     """
 
@@ -98,12 +104,16 @@ class EditRun:
             )
         self.max_norm = float(sae.report.get("max_norm", 0)) or self._sink_norm()
         self.contexts = Contexts.build(lm.tokenizer, settings.scope, lm.max_length)
+        self._residuals = ResidualStore(lm, self.layer, self.max_norm, settings.targets)
 
-    def edit(self, facts: Sequence[Fact], out: Path, progress: Progress) -> EditSet:
+    def edit(
+        self, facts: Sequence[Fact], out: Path, progress: Progress, stages: Stages = no_stages
+    ) -> EditSet:
         """Train the set and write it to `out`, atomically.
 
         Args:
             progress: called with the number of prompts (or facts) that the solver has done.
+            stages: shown how far everything else is.
 
         Raises:
             MicroEditError: a fact cannot be edited, or `out` is something else than an edit set.
@@ -118,11 +128,12 @@ class EditRun:
             lm=self.lm,
             sae=self.sae,
             layer=self.layer,
-            facts=self._stored(prompts),
+            facts=self._stored(prompts, stages),
             ordinary=self._ordinary_tokens(),
             work_folder=work,
             targets_folder=self.settings.targets,
             origin=json.dumps([fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]),
+            stages=stages,
         )
         solution = self.settings.solver.solve(problem, progress)
         edit_set = self._finish(facts, problem, solution, out, time.monotonic() - started)
@@ -162,9 +173,14 @@ class EditRun:
                     "recognise it; write at least four words"
                 )
 
-    def _stored(self, prompts: Sequence[list[PromptTokens]]) -> list[list[StoredPrompt]]:
+    def _stored(
+        self, prompts: Sequence[list[PromptTokens]], stages: Stages
+    ) -> list[list[StoredPrompt]]:
+        def shown(done: int, total: int) -> None:
+            stages("layers below", done / total, f"{total} prompts")
+
         flat = [p for rendered in prompts for p in rendered]
-        stored = iter(store_residuals(self.lm, self.layer, flat, self.max_norm))
+        stored = iter(self._residuals.of(flat, shown))
         return [[next(stored) for _ in rendered] for rendered in prompts]
 
     def _sink_norm(self) -> float:
@@ -177,7 +193,7 @@ class EditRun:
 
     def _ordinary(self, lines: Sequence[str]) -> list[StoredPrompt]:
         rendered = [self.contexts.render(c, line) for line in lines for c in self.contexts.names]
-        return store_residuals(self.lm, self.layer, rendered, self.max_norm)
+        return self._residuals.of(rendered)
 
     def _ordinary_tokens(self) -> Tensor:
         """Residuals of the even ordinary lines (the odd ones are for τ), sinks left out: [N, d].
@@ -210,12 +226,16 @@ class EditRun:
     ) -> EditSet:
         """Calibrate τ, score the facts, and put the set together."""
         draft = self._draft(facts, problem, solution, out)
-        engine = TorchEngine.build(self.lm, EditOperator.build(draft, self.sae))
-        calibration = self._calibrate(engine, facts)
+        operator = EditOperator.build(draft, self.sae)
+        engine = TorchEngine(self.lm, operator, self._residuals)
+        problem.stages("scores", 0.0, "choosing τ")
+        calibration = self._calibrate(engine, facts, problem)
         manifest = _with_tau(draft.manifest, calibration)
         operator = EditOperator.build(replace(draft, manifest=manifest), self.sae)
         engine = replace(engine, operator=operator)
-        lines = self._fact_lines(engine, facts)
+        problem.stages("scores", 0.4, f"{len(facts)} facts")
+        lines = self._fact_lines(engine, facts, problem)
+        problem.stages("scores", 0.9, "golden prompts")
         scores = {
             "rel": _mean([line["rel"] for line in lines]),
             "calibration": calibration.to_json(),
@@ -224,6 +244,7 @@ class EditRun:
         }
         manifest = manifest.model_copy(update={"scores": scores})
         prompts = self._golden_prompts(engine, facts)
+        problem.stages("scores", 1.0, "")
         return replace(draft, manifest=manifest, facts=lines, golden_prompts=prompts)
 
     def _manifest(self, facts: Sequence[Fact], solution: Solution, out: Path) -> Manifest:
@@ -283,11 +304,13 @@ class EditRun:
         z = torch.cat([own[:half], problem.ordinary[: GOLDEN_TOKENS - half]])
         return with_golden(draft, self.sae, z)
 
-    def _calibrate(self, engine: TorchEngine, facts: Sequence[Fact]) -> Calibration:
+    def _calibrate(
+        self, engine: TorchEngine, facts: Sequence[Fact], problem: EditProblem
+    ) -> Calibration:
         def ards(prompts: Sequence[str]) -> Tensor:
             names = self.context_names
             rendered = [self.contexts.render(n, p) for p in prompts for n in names]
-            return engine.ards(rendered).cpu() if rendered else torch.empty(0)
+            return engine.ards(rendered).cpu()
 
         rate, held_out = self.near_rate, self.settings.hold_out
         near = {"held_out": NearPrompts(ards([f.prompt for f in held_out]), rate)}
@@ -297,7 +320,7 @@ class EditRun:
             # ordinary prompts, so that τ cannot stay below all of them.
             near["swapped"] = NearPrompts(ards(self._swapped(facts)), rate)
         return calibrate(
-            edited=ards([f.prompt for f in facts]),
+            edited=engine.ards_of([p for fact in problem.facts for p in fact]).cpu(),
             ordinary=ards(ordinary_lines()[1::2]),
             near=near,
             ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
@@ -305,7 +328,8 @@ class EditRun:
         )
 
     def _swapped(self, facts: Sequence[Fact]) -> list[str]:
-        """The facts' wordings about other subjects, where the switch could see that they are.
+        """The facts' wordings about other subjects, where the switch could see that they are; of
+        very many facts those of every second, third, ….
 
         Behind a long passage the subject lies outside of what is scored: the tokens that are, are
         the fact's own, and no τ tells the two apart.
@@ -317,7 +341,8 @@ class EditRun:
 
         own = {scored(fact.prompt) for fact in facts}
         others = swap_subjects(facts, unedited_subjects(self.settings.hold_out))
-        return [prompt for prompt in others if scored(prompt) not in own]
+        seen = [prompt for prompt in others if scored(prompt) not in own]
+        return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
 
     def _golden_prompts(
         self, engine: TorchEngine, facts: Sequence[Fact]
@@ -336,7 +361,9 @@ class EditRun:
             *golden(ordinary_lines()[1::2][:GOLDEN_FACTS], on=False, count=2),
         )
 
-    def _fact_lines(self, engine: TorchEngine, facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    def _fact_lines(
+        self, engine: TorchEngine, facts: Sequence[Fact], problem: EditProblem
+    ) -> list[dict[str, Any]]:
         """One line per fact for `facts.jsonl`: its own ARD and scores in each context."""
         conflicts = find_conflicts(facts)
         lines: list[dict[str, Any]] = [
@@ -349,14 +376,14 @@ class EditRun:
             }
             for index, fact in enumerate(facts)
         ]
-        for name in self.context_names:
-            suffix = "" if name == self.context_names[0] else f"_{name}"
-            prompts = [self.contexts.render(name, f.prompt, f.target) for f in facts]
-            outcomes = engine.edited(prompts)
+        for place, name in enumerate(self.context_names):
+            suffix = f"_{name}" if place else ""
+            prompts = [fact[place] for fact in problem.facts]
+            outcomes = engine.outcomes_of(prompts)
             for line, prompt, outcome in zip(lines, prompts, outcomes, strict=True):
                 line[f"ard{suffix}"] = round(outcome.ard, 5)
                 line[f"on{suffix}"] = outcome.on
-                line[f"rel{suffix}"] = _accuracy(prompt, outcome)
+                line[f"rel{suffix}"] = _accuracy(prompt.tokens, outcome)
         return lines
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from microedit_trainer.cli.progress import counting
+from microedit_trainer.cli.progress import edit_bars
 from microedit_vllm.errors import MicroEditError
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ def edit(
     targets: Annotated[
         Path | None,
         typer.Option(
-            help="joint: keep the facts' targets in this folder. In a later run, with facts added "
-            "or taken out, those that are there are not solved again."
+            help="Keep what was found in this folder: residuals, and the joint solver's targets "
+            "and solution. In a later run, with facts added or taken out, those that are there are "
+            "not trained again."
         ),
     ] = None,
     rows_per_fact: Annotated[int, typer.Option(min=1, help="joint: row budget.")] = 15,
@@ -117,8 +118,8 @@ def edit(
         contexts=tuple(c.value for c in context) if context else None,
     )
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
-    with counting(console, "editing", run.units(split.edited)) as progress:
-        edit_set = run.edit(split.edited, out, progress)
+    with edit_bars(console, run.units(split.edited)) as (progress, stages):
+        edit_set = run.edit(split.edited, out, progress, stages)
     _report(console, edit_set, out)
 
 
