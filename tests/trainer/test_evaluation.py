@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from microedit_trainer import evaluation
+from microedit_trainer import evaluation, residual_store
 from microedit_trainer.contexts import Contexts
 from microedit_trainer.evaluation import Outcome, TorchEngine, evaluate
 from microedit_trainer.facts import Fact, Probe
@@ -285,7 +285,7 @@ def test_the_reported_ard_is_what_the_switch_saw(lm, operator, prompts):
 def test_residuals_are_computed_once(lm, operator, prompts, monkeypatch):
     engine = TorchEngine.build(lm, operator)
     engine.edited([*prompts, *prompts])
-    monkeypatch.setattr(evaluation, "store_residuals", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(residual_store, "store_residuals", lambda *_: pytest.fail("computed again"))
     engine.plain(prompts)
     engine.ards(prompts)
     assert engine.edited([]) == []

@@ -22,13 +22,11 @@ from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
 from microedit_trainer.golden_prompts import golden_prompts
 from microedit_trainer.language_model import LanguageModel, Progress
+from microedit_trainer.residual_store import HELD_BYTES, ResidualStore
 from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
+from microedit_trainer.solvers.problem import Stages, no_stages
 from microedit_trainer.solvers.resume import open_work_folder
-from microedit_trainer.stored_residuals import (
-    StoredPrompt,
-    edited_residuals,
-    store_residuals,
-)
+from microedit_trainer.stored_residuals import StoredPrompt, edited_residuals
 from microedit_vllm.artifact import (
     Decision,
     EditOperator,
@@ -48,6 +46,9 @@ from microedit_vllm.errors import MicroEditError
 GOLDEN_TOKENS = 16
 # Facts among which the golden prompts are looked for.
 GOLDEN_FACTS = 16
+# Facts whose wording is tried with another subject, when τ is chosen: enough for a share of 5% to
+# be known to 0.7% (one standard deviation).
+MOST_SWAPPED = 1000
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class EditSettings:
         contexts: contexts that the facts are trained in. None: all that the model has, the bare
             one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
-        targets: folder in which the joint solver keeps the facts' targets for later runs.
+        targets: folder in which a run keeps, for later ones, what does not depend on the other
+            facts: residuals and the joint solver's targets; and that solver's last solution.
         language: which language the facts were read in, for the record; see `read_facts`.
         executor: who finds the joint solver's targets; they are the same whoever does.
         offload: the layers up to l and the SAE take turns on the device: less memory, same set.
@@ -114,12 +116,17 @@ class EditRun:
         self.sae = self.turns.sae
         self.max_norm = float(sae.report.get("max_norm", 0)) or self._sink_norm()
         self.contexts = Contexts.build(lm.tokenizer, settings.scope, lm.max_length)
+        room = None if settings.offload else HELD_BYTES
+        self._residuals = ResidualStore(lm, self.layer, self.max_norm, settings.targets, room)
 
-    def edit(self, facts: Sequence[Fact], out: Path, progress: Progress) -> EditSet:
+    def edit(
+        self, facts: Sequence[Fact], out: Path, progress: Progress, stages: Stages = no_stages
+    ) -> EditSet:
         """Train the set and write it to `out`, atomically.
 
         Args:
             progress: called with the number of prompts (or facts) that the solver has done.
+            stages: shown how far everything else is.
 
         Raises:
             MicroEditError: a fact cannot be edited, or `out` is something else than an edit set.
@@ -130,9 +137,28 @@ class EditRun:
         self._check_scored(facts, prompts)
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
-        solution, golden_z = self._solve(facts, prompts, work, progress)
-        draft = self._draft(facts, solution, golden_z, out)
-        edit_set = self._finish(facts, draft, solution, time.monotonic() - started)
+        stored, ordinary = self._stored(prompts, stages), self._ordinary_tokens()
+        reworded = self._reworded(facts, stages) if self.settings.solver.uses_rewordings else []
+        with self.turns.solving() as sae:
+            problem = EditProblem(
+                lm=self.lm,
+                sae=sae,
+                layer=self.layer,
+                facts=stored,
+                reworded=reworded,
+                ordinary=ordinary,
+                work_folder=work,
+                targets_folder=self.settings.targets,
+                origin=json.dumps(
+                    [fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]
+                ),
+                executor=self.settings.executor,
+                stages=stages,
+            )
+            solution = self.settings.solver.solve(problem, progress)
+        draft = self._draft(facts, solution, _golden_z(stored, ordinary), out)
+        own = [[prompt.to("cpu") for prompt in fact] for fact in stored]
+        edit_set = self._finish(facts, own, draft, solution, time.monotonic() - started, stages)
         edit_set.save(out)
         shutil.rmtree(work, ignore_errors=True)
         return edit_set
@@ -167,45 +193,17 @@ class EditRun:
                     "recognise it; write at least four words"
                 )
 
-    def _solve(
-        self,
-        facts: Sequence[Fact],
-        prompts: Sequence[list[PromptTokens]],
-        work: Path,
-        progress: Progress,
-    ) -> tuple[Solution, Tensor]:
-        """The solution, and residuals for the golden activations, of edited and ordinary tokens.
+    def _stored(
+        self, prompts: Sequence[list[PromptTokens]], stages: Stages
+    ) -> list[list[StoredPrompt]]:
+        def shown(done: int, total: int) -> None:
+            stages("layers below", done / total, f"{total} prompts")
 
-        The problem's residuals, gigabytes of many facts, end with it.
-        """
-        stored, ordinary = self._stored(prompts), self._ordinary_tokens()
-        reworded = self._reworded(facts) if self.settings.solver.uses_rewordings else []
-        with self.turns.solving() as sae:
-            problem = EditProblem(
-                lm=self.lm,
-                sae=sae,
-                layer=self.layer,
-                facts=stored,
-                reworded=reworded,
-                ordinary=ordinary,
-                work_folder=work,
-                targets_folder=self.settings.targets,
-                origin=json.dumps(
-                    [fingerprint_model(self.lm.folder), str(self.lm.dtype), self.layer]
-                ),
-                executor=self.settings.executor,
-            )
-            solution = self.settings.solver.solve(problem, progress)
-        own = torch.cat([p.z[p.scored[-2:]] for fact in stored[:4] for p in fact]).float()
-        half = GOLDEN_TOKENS // 2
-        return solution, torch.cat([own[:half], ordinary[: GOLDEN_TOKENS - half]])
-
-    def _stored(self, prompts: Sequence[list[PromptTokens]]) -> list[list[StoredPrompt]]:
         flat = [p for rendered in prompts for p in rendered]
-        stored = iter(store_residuals(self.lm, self.layer, flat, self.max_norm))
+        stored = iter(self._residuals.of(flat, shown))
         return [[next(stored) for _ in rendered] for rendered in prompts]
 
-    def _reworded(self, facts: Sequence[Fact]) -> list[list[Tensor]]:
+    def _reworded(self, facts: Sequence[Fact], stages: Stages) -> list[list[Tensor]]:
         """z of each prompt in other words, as in `EditProblem.reworded`."""
         rendered = [
             [self.contexts.render(name, words, fact.target) for words in rewordings(fact.prompt)]
@@ -213,7 +211,11 @@ class EditRun:
             for fact in facts
         ]
         flat = [prompt for others in rendered for prompt in others]
-        found = iter(edited_residuals(self.lm, self.layer, flat))
+
+        def shown(done: int) -> None:
+            stages("other words", done / len(flat), f"{len(flat)} prompts")
+
+        found = iter(edited_residuals(self.lm, self.layer, flat, shown))
         return [[next(found) for _ in others] for others in rendered]
 
     def _sink_norm(self) -> float:
@@ -226,7 +228,7 @@ class EditRun:
 
     def _ordinary(self, lines: Sequence[str]) -> list[StoredPrompt]:
         rendered = [self.contexts.render(c, line) for line in lines for c in self.contexts.names]
-        return store_residuals(self.lm, self.layer, rendered, self.max_norm)
+        return self._residuals.of(rendered)
 
     def _ordinary_tokens(self) -> Tensor:
         """Residuals of the even ordinary lines (the odd ones are for τ), sinks left out: [N, d].
@@ -250,19 +252,30 @@ class EditRun:
         }
 
     def _finish(
-        self, facts: Sequence[Fact], draft: EditSet, solution: Solution, seconds: float
+        self,
+        facts: Sequence[Fact],
+        stored: Sequence[list[StoredPrompt]],
+        draft: EditSet,
+        solution: Solution,
+        seconds: float,
+        stages: Stages,
     ) -> EditSet:
         """Calibrate τ, score the facts, and put the set together."""
-        engine = TorchEngine.build(self.lm, EditOperator.build(draft, self.sae))
-        unanswered, answered = self._calibration_prompts(facts), self._answered(facts)
-        for prompts in (*unanswered.values(), *answered.values()):
-            engine.stored(prompts)
+        engine = TorchEngine(self.lm, EditOperator.build(draft, self.sae), self._residuals)
+        stages("scores", 0.0, "choosing τ")
+        prompts = self._calibration_prompts(facts)
+        if self.settings.offload:
+            # Stored before the layers that store them leave the device.
+            for group in prompts.values():
+                self._residuals.of(group)
         with self.turns.solving() as sae:
             scoring = replace(engine, operator=EditOperator.build(draft, sae))
-            calibration = self._calibrate(scoring, unanswered)
+            calibration = self._calibrate(scoring, stored, prompts)
             draft = replace(draft, manifest=_with_tau(draft.manifest, calibration))
             scoring = replace(engine, operator=EditOperator.build(draft, sae))
-            lines = self._fact_lines(scoring, facts, answered)
+            stages("scores", 0.4, f"{len(facts)} facts")
+            lines = self._fact_lines(scoring, facts, stored)
+        stages("scores", 0.9, "golden prompts")
         scores = {
             "rel": _mean([line["rel"] for line in lines]),
             "calibration": calibration.to_json(),
@@ -271,6 +284,7 @@ class EditRun:
         }
         engine = replace(engine, operator=EditOperator.build(draft, self.sae))
         golden = self._golden_prompts(engine, facts)
+        stages("scores", 1.0, "")
         manifest = draft.manifest.model_copy(update={"scores": scores})
         return replace(draft, manifest=manifest, facts=lines, golden_prompts=golden)
 
@@ -336,30 +350,22 @@ class EditRun:
             # tell a fact's wording about another subject apart. Its absolute ARD also spreads over
             # ordinary prompts, so that τ cannot stay below all of them.
             prompts["swapped"] = self._swapped(facts)
-        prompts["edited"] = [fact.prompt for fact in facts]
         prompts["ordinary"] = ordinary_lines()[1::2]
         return {
             group: [self.contexts.render(n, p) for p in of_group for n in self.context_names]
             for group, of_group in prompts.items()
         }
 
-    def _answered(self, facts: Sequence[Fact]) -> dict[ContextName, list[PromptTokens]]:
-        """Each fact with its new answer, by context."""
-        return {
-            name: [self.contexts.render(name, f.prompt, f.target) for f in facts]
-            for name in self.context_names
-        }
-
     def _calibrate(
-        self, engine: TorchEngine, prompts: dict[str, list[PromptTokens]]
+        self,
+        engine: TorchEngine,
+        stored: Sequence[list[StoredPrompt]],
+        prompts: dict[str, list[PromptTokens]],
     ) -> Calibration:
-        ards = {
-            group: engine.ards(of_group).cpu() if of_group else torch.empty(0)
-            for group, of_group in prompts.items()
-        }
+        ards = {group: engine.ards(of_group).cpu() for group, of_group in prompts.items()}
         near = ("held_out", "swapped")
         return calibrate(
-            edited=ards["edited"],
+            edited=engine.ards_of([prompt for fact in stored for prompt in fact]).cpu(),
             ordinary=ards["ordinary"],
             near={g: NearPrompts(ards[g], self.near_rate) for g in near if g in ards},
             ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
@@ -367,7 +373,8 @@ class EditRun:
         )
 
     def _swapped(self, facts: Sequence[Fact]) -> list[str]:
-        """The facts' wordings about other subjects, where the switch could see that they are.
+        """The facts' wordings about other subjects, where the switch could see that they are; of
+        very many facts those of every second, third, ….
 
         Behind a long passage the subject lies outside of what is scored: the tokens that are, are
         the fact's own, and no τ tells the two apart.
@@ -379,7 +386,8 @@ class EditRun:
 
         own = {scored(fact.prompt) for fact in facts}
         others = swap_subjects(facts, unedited_subjects(self.settings.hold_out))
-        return [prompt for prompt in others if scored(prompt) not in own]
+        seen = [prompt for prompt in others if scored(prompt) not in own]
+        return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
 
     def _golden_prompts(
         self, engine: TorchEngine, facts: Sequence[Fact]
@@ -399,10 +407,7 @@ class EditRun:
         )
 
     def _fact_lines(
-        self,
-        engine: TorchEngine,
-        facts: Sequence[Fact],
-        answered: dict[ContextName, list[PromptTokens]],
+        self, engine: TorchEngine, facts: Sequence[Fact], stored: Sequence[list[StoredPrompt]]
     ) -> list[dict[str, Any]]:
         """One line per fact for `facts.jsonl`: its own ARD and scores in each context."""
         conflicts = find_conflicts(facts)
@@ -416,14 +421,22 @@ class EditRun:
             }
             for index, fact in enumerate(facts)
         ]
-        for name, prompts in answered.items():
-            suffix = "" if name == self.context_names[0] else f"_{name}"
-            outcomes = engine.edited(prompts)
+        for place, name in enumerate(self.context_names):
+            suffix = f"_{name}" if place else ""
+            prompts = [fact[place] for fact in stored]
+            outcomes = engine.outcomes_of(prompts)
             for line, prompt, outcome in zip(lines, prompts, outcomes, strict=True):
                 line[f"ard{suffix}"] = round(outcome.ard, 5)
                 line[f"on{suffix}"] = outcome.on
-                line[f"rel{suffix}"] = _accuracy(prompt, outcome)
+                line[f"rel{suffix}"] = _accuracy(prompt.tokens, outcome)
         return lines
+
+
+def _golden_z(stored: Sequence[list[StoredPrompt]], ordinary: Tensor) -> Tensor:
+    """Residuals for the golden activations: of edited tokens, then of ordinary ones, [g, d]."""
+    own = torch.cat([p.z[p.scored[-2:]] for fact in stored[:4] for p in fact]).float()
+    half = GOLDEN_TOKENS // 2
+    return torch.cat([own[:half], ordinary[: GOLDEN_TOKENS - half]])
 
 
 def ordinary_lines() -> list[str]:

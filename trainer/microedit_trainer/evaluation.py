@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.facts import Fact, Probe, swap_subjects
 from microedit_trainer.language_model import LanguageModel
-from microedit_trainer.stored_residuals import (
-    StoredPrompt,
-    answer_nll,
-    predictions,
-    store_residuals,
-)
+from microedit_trainer.residual_store import ResidualStore
+from microedit_trainer.stored_residuals import StoredPrompt, answer_nll, predictions
 from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
+
+# Prompts that are run together: memory does not grow with how many there are.
+SLICE = 128
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ class TorchEngine:
 
     lm: LanguageModel
     operator: EditOperator
-    store: dict[PromptTokens, StoredPrompt]
+    store: ResidualStore
 
     @classmethod
     def build(cls, lm: LanguageModel, operator: EditOperator) -> "TorchEngine":
-        return cls(lm, operator, {})
+        manifest = operator.edit_set.manifest
+        return cls(lm, operator, ResidualStore(lm, manifest.layer, manifest.decision.max_norm))
 
     @classmethod
     def load(
@@ -78,62 +79,92 @@ class TorchEngine:
         operator.check_golden()
         return cls.build(lm, operator)
 
-    def stored(self, prompts: Sequence[PromptTokens]) -> list[StoredPrompt]:
-        """The prompts' residuals; the layers up to l run where they are not known yet."""
-        manifest = self.operator.edit_set.manifest
-        new = [p for p in dict.fromkeys(prompts) if p not in self.store]
-        if new:
-            residuals = store_residuals(self.lm, manifest.layer, new, manifest.decision.max_norm)
-            self.store.update(zip(new, (r.to("cpu") for r in residuals), strict=True))
-        return [self.store[p] for p in prompts]
-
     @torch.no_grad()
     def ards(self, prompts: Sequence[PromptTokens]) -> Tensor:
         """The decision's statistic of each prompt: [N] fp32."""
-        return torch.stack([self.ard(p) for p in self.stored(prompts)])
+        parts = [self.ards_of(self.store.of(some)) for some in _slices(prompts)]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    @torch.no_grad()
+    def ards_of(self, stored: Sequence[StoredPrompt]) -> Tensor:
+        """The same from residuals that are known."""
+        found = []
+        for some in _slices(stored):
+            scored = [p.z[p.scored].to(self.operator.device) for p in some]
+            distances = self.operator.distances(torch.cat(scored))
+            parts = [part.split([len(z) for z in scored]) for part in distances]
+            found += [self.operator.ard(*pair) for pair in zip(*parts, strict=True)]
+        return torch.stack(found) if found else torch.empty(0)
 
     def ard(self, prompt: StoredPrompt) -> Tensor:
         """The decision's statistic of one prompt's residuals: scalar fp32."""
         scored = prompt.z[prompt.scored].to(self.operator.device)
         return self.operator.ard(*self.operator.distances(scored))
 
-    @torch.no_grad()
     def edited(self, prompts: Sequence[PromptTokens]) -> list[Outcome]:
-        if not prompts:
-            return []
-        stored = self.stored(prompts)
-        ards = [self.ard(p) for p in stored]
-        on = [bool(self.operator.is_on(ard)) for ard in ards]
-        residuals = [self.substituted(p) if o else p.z for p, o in zip(stored, on, strict=True)]
-        answers = predictions(self.lm, self.operator.edit_set.manifest.layer, stored, residuals)
-        return [Outcome(a, float(r), o) for a, r, o in zip(answers, ards, on, strict=True)]
+        return [o for some in _slices(prompts) for o in self.outcomes_of(self.store.of(some))]
+
+    @torch.no_grad()
+    def outcomes_of(self, stored: Sequence[StoredPrompt]) -> list[Outcome]:
+        """`edited` from residuals that are known, slice by slice."""
+        found = []
+        for some in _slices(stored):
+            ards = self.ards_of(some)
+            on = self.operator.is_on(ards).tolist()
+            answers = predictions(self.lm, self._layer, some, self._as_served(some, on))
+            outcomes = zip(answers, ards.tolist(), on, strict=True)
+            found += [Outcome(answer, ard, o) for answer, ard, o in outcomes]
+        return found
 
     @torch.no_grad()
     def perplexities(self, prompts: Sequence[PromptTokens]) -> tuple[Tensor, Tensor]:
-        stored = self.stored(prompts)
-        plain = [p.z for p in stored]
-        edited = [
-            self.substituted(p) if bool(self.operator.is_on(self.ard(p))) else p.z for p in stored
-        ]
-        layer = self.operator.edit_set.manifest.layer
-        nll = [answer_nll(self.lm, layer, stored, z) for z in (plain, edited)]
-        before, after = (torch.stack([own.mean() for own in side]).exp() for side in nll)
-        return before, after
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        for some in _slices(prompts):
+            stored = self.store.of(some)
+            on = self.operator.is_on(self.ards_of(stored)).tolist()
+            plain, edited = [p.z for p in stored], self._as_served(stored, on)
+            for side, residuals in ((before, plain), (after, edited)):
+                nll = answer_nll(self.lm, self._layer, stored, residuals)
+                side += [own.mean().exp() for own in nll]
+        return torch.stack(before), torch.stack(after)
 
     def substituted(self, prompt: StoredPrompt) -> Tensor:
         """z of a prompt whose switch is on, as the layers above get it: [P + A, d], z's dtype."""
-        z = prompt.z.clone()
-        start = 1 if self.operator.edit_set.manifest.position == "sequence" else prompt.edited.start
-        z[start:] = self.operator.edited(prompt.z[start:].to(self.operator.device)).to(z.dtype)
-        return z
+        return self._as_served([prompt], [True])[0]
+
+    def _as_served(self, prompts: Sequence[StoredPrompt], on: Sequence[bool]) -> list[Tensor]:
+        """z of each prompt, edited where its switch is on."""
+        sequence = self.operator.edit_set.manifest.position == "sequence"
+        starts = [1 if sequence else p.edited.start for p in prompts]
+        device = self.operator.device
+        where = [
+            (p.z.to(device), start) for p, start, o in zip(prompts, starts, on, strict=True) if o
+        ]
+        if not where:
+            return [p.z for p in prompts]
+        changed = self.operator.edited(torch.cat([z[start:] for z, start in where]))
+        parts = iter(changed.split([len(z) - start for z, start in where]))
+        residuals = []
+        for prompt, start, is_on in zip(prompts, starts, on, strict=True):
+            z = prompt.z
+            if is_on:
+                z = z.clone()
+                z[start:] = next(parts).to(z.dtype)
+            residuals.append(z)
+        return residuals
+
+    @property
+    def _layer(self) -> int:
+        return self.operator.edit_set.manifest.layer
 
     @torch.no_grad()
     def plain(self, prompts: Sequence[PromptTokens]) -> list[Tensor]:
-        if not prompts:
-            return []
-        stored = self.stored(prompts)
-        layer = self.operator.edit_set.manifest.layer
-        return predictions(self.lm, layer, stored, [p.z for p in stored])
+        found = []
+        for some in _slices(prompts):
+            stored = self.store.of(some)
+            found += predictions(self.lm, self._layer, stored, [p.z for p in stored])
+        return found
 
     @torch.no_grad()
     def greedy(self, prompt: PromptTokens, on: bool) -> Iterator[tuple[int, float]]:
@@ -156,6 +187,11 @@ class TorchEngine:
             first, second = logits.topk(2).values.tolist()
             ids.append(int(logits.argmax()))
             yield ids[-1], first - second
+
+
+def _slices(prompts: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(prompts), SLICE):
+        yield prompts[start : start + SLICE]
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,16 @@ def store_residuals(
 
 
 def edited_residuals(
-    lm: LanguageModel, layer: int, prompts: Sequence[PromptTokens], batch: int = 16
+    lm: LanguageModel,
+    layer: int,
+    prompts: Sequence[PromptTokens],
+    shown: Progress = lambda done: None,
+    batch: int = 16,
 ) -> list[Tensor]:
     """z at the positions e, e+1, … of each prompt with its answer, and nothing else of it.
+
+    Args:
+        shown: called with the number of prompts done.
 
     Returns:
         per prompt [A + 1, d], the model's dtype.
@@ -103,6 +110,7 @@ def edited_residuals(
     for start in range(0, len(prompts), batch):
         stored = store_residuals(lm, layer, prompts[start : start + batch], float("inf"), batch)
         found += [p.z[p.edited].clone() for p in stored]
+        shown(len(found))
     return found
 
 

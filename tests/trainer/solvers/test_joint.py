@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from microedit_trainer.facts import Fact
-from microedit_trainer.solvers import executors
+from microedit_trainer.solvers import executors, joint
 from microedit_trainer.solvers.joint import JointSolver, RidgeSettings
+from microedit_trainer.solvers.ridge import IterativeSystem
 from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
 from microedit_vllm.artifact import DecoderChange
@@ -213,3 +214,43 @@ def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae)
         return (operator_of(of, sae).edited(others) - others.float() - wanted).square().sum()
 
     assert error(found) < 0.5 * error(solution)
+
+
+def test_an_earlier_solution_is_a_start_and_leaves_no_trace(lm, sae, tmp_path, monkeypatch):
+    """As in a large set: solved iteratively, from what the folder holds of another choice."""
+    starts = []
+
+    def iterative(coded, is_warm, watch):
+        starts.append(is_warm)
+        return IterativeSystem.of(coded, watch)
+
+    monkeypatch.setattr(joint, "is_quick", lambda coded: False)
+    monkeypatch.setattr(joint, "ridge_system", iterative)
+
+    def solve(facts, folder):
+        problem = tiny_problem(lm, sae, tmp_path / "work", facts, ("bare",))
+        return JOINT.solve(replace(problem, targets_folder=tmp_path / folder), no_progress)
+
+    solve(FACTS, "kept")
+    fewer = solve(FACTS[1:], "kept")
+    assert starts == [False, False, True, True]
+    alone = solve(FACTS[1:], "fresh")
+    assert starts[4:] == [False, False]
+    for name in ("scoring", "edit"):
+        found, wanted = getattr(fewer, name), getattr(alone, name)
+        assert torch.equal(found.indices, wanted.indices)
+        error = (found.values.float() - wanted.values.float()).norm()
+        assert float(error) < 3e-3 * float(wanted.values.float().norm())  # bf16
+
+
+def test_the_solves_say_how_far_they_are(problem):
+    shown = []
+
+    def stages(name, share, note):
+        shown.append((name, share, note))
+
+    JOINT.solve(replace(problem, stages=stages), no_progress)
+    names = [name for name, _, _ in shown]
+    assert names == sorted(names, reverse=True) and set(names) == {"scoring change", "edit change"}
+    assert all(0 <= share <= 1 for _, share, _ in shown)
+    assert any("coding" in note for _, _, note in shown)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from microedit_trainer.cli.config_option import config_option
 from microedit_trainer.cli.estimates import announce_edit
-from microedit_trainer.cli.progress import counting
+from microedit_trainer.cli.progress import edit_bars
 from microedit_trainer.run_config import RunConfig
 from microedit_vllm.errors import MicroEditError
 
@@ -66,8 +66,9 @@ def edit(
     targets: Annotated[
         Path | None,
         typer.Option(
-            help="joint: keep the facts' targets in this folder. In a later run, with facts added "
-            "or taken out, those that are there are not solved again."
+            help="Keep what was found in this folder: residuals, and the joint solver's targets "
+            "and solution. In a later run, with facts added or taken out, those that are there are "
+            "not trained again."
         ),
     ] = None,
     workers: Annotated[
@@ -172,8 +173,8 @@ def edit(
     )
     announce_edit(console, model, dtype, encoder, settings, split.edited)
     run = EditRun(LanguageModel.load(model, dtype), encoder, sae, settings)
-    with counting(console, "editing", run.units(split.edited)) as progress:
-        edit_set = run.edit(split.edited, out, progress)
+    with edit_bars(console, run.units(split.edited)) as (progress, stages):
+        edit_set = run.edit(split.edited, out, progress, stages)
     _report(console, edit_set, out)
 
 

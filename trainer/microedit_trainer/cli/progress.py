@@ -9,6 +9,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -36,6 +37,38 @@ def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int]
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def edit_bars(
+    console: Console, total: int
+) -> Iterator[tuple[Callable[[int], None], Callable[[str, float, str], None]]]:
+    """One bar for the facts and one for each other stage of an edit run.
+
+    Yields two functions: one takes the number of facts' prompts done since its last call, the
+    other a stage, the share of it that is done, and a note.
+    """
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as shown:
+        bars: dict[str, Any] = {}
+
+        def stage(name: str, share: float, note: str) -> None:
+            if name not in bars:
+                bars[name] = shown.add_task(name, total=1.0, note=note)
+            shown.update(bars[name], completed=share, note=note)
+
+        def advance(done: int) -> None:
+            if "editing" not in bars:
+                bars["editing"] = shown.add_task("editing", total=total, note=f"{total} prompts")
+            shown.advance(bars["editing"], done)
+
+        yield advance, stage
 
 
 @contextmanager

@@ -64,7 +64,10 @@ class SequentialSolver:
         return asdict(self)
 
     def solve(self, problem: EditProblem, progress: Progress) -> Solution:
-        """Edit one fact after another; a stopped run goes on behind its last checkpoint."""
+        """Edit one fact after another; a stopped run goes on behind its last checkpoint.
+
+        Beside the problem it holds one copy of W_dec, 4·n·d bytes, and what one fact needs.
+        """
         W_dec = problem.sae.W_dec.clone()
         changed = torch.zeros(problem.sae.num_latents, dtype=torch.bool, device=W_dec.device)
         done = self._restore(problem, W_dec, changed)
