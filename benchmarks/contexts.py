@@ -148,7 +148,8 @@ def _asked(
 def _show(console: Console, rows: dict[str, list[Row]]) -> None:
     for name, own in rows.items():
         shown = Table(*HEADER, title=name)
-        shown.columns[0].no_wrap = True
+        for column in shown.columns[1:]:
+            column.no_wrap = True
         for line in table(own):
             shown.add_row(*line)
         console.print(shown)

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks.context_bench import asking
+from benchmarks.context_bench.report import BARS
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import recipe
 from benchmarks.quality.experiment import Experiment
@@ -16,10 +18,10 @@ from benchmarks.quality.page import Section, markdown_table, paragraphs, write_p
 from benchmarks.quality.plan import FULL, QUICK, zsre
 from benchmarks.quality.records import Records, Split, in_words
 from benchmarks.quality.store import ResultStore, digest
-from benchmarks.quality.tables import ablations, budgets, main, selfcheck
+from benchmarks.quality.tables import ablations, budgets, contexts, main, selfcheck
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.edit_run import EditRun
-from microedit_trainer.facts import Fact
+from microedit_trainer.facts import Fact, Probe
 from microedit_vllm.artifact import Scope
 from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_sae
@@ -67,6 +69,12 @@ def records(tmp_path_factory) -> Records:
         ("selfcheckgpt", selfcheck),
     ):
         (folder / f"{name}_dev.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for code in ("de", "fr"):
+        sides = [{"src": f.prompt, "alt": f.target} for f in FACTS]
+        foreign = [{"src": f"Wer? {i}", "alt": "Lamm"} for i in range(len(FACTS))]
+        both = [{"en": here, code: there} for here, there in zip(sides, foreign, strict=True)]
+        (folder / f"mzsre_{code}_dev.jsonl").write_text("\n".join(map(json.dumps, both)))
+    (folder / "wikitext2_valid.txt").write_text("A passage about a town. " * 20)
     return Records(folder)
 
 
@@ -179,7 +187,8 @@ def lab(records, tmp_path_factory) -> Lab:
 
     class Few(Records):
         def split(self, chosen):
-            near = [Fact("Who is the king of Ur?", "Bo")]
+            probe = Probe("nq question: who sang it", "Ann")
+            near = [Fact("Who is the king of Ur?", "Bo", locality=(probe,))]
             return Split(FACTS[: chosen[0][1]], (), near, ["Ur", "Oz"])
 
     console = Console(file=io.StringIO())
@@ -215,7 +224,7 @@ def test_tables_are_built_from_their_experiments(lab):
         QUICK,
         some=zsre(2),
         more=zsre(3),
-        all_records=zsre(4),
+        all_records=zsre(3),
         selfcheck=zsre(3),
         budgets={zsre(2): (20, None)},
     )
@@ -223,13 +232,31 @@ def test_tables_are_built_from_their_experiments(lab):
     assert [line[:3] for line in found.lines[::2]] == [
         ["2 ZsRE", "joint", "bare"],
         ["3 ZsRE", "joint", "bare"],
-        ["4 ZsRE", "joint", "bare"],
+        ["3 ZsRE", "joint", "bare"],
         ["2 ZsRE", "sequential", "bare"],
     ]
     for table in (main, selfcheck, budgets):
         found = table.section(lab, plan)
         assert {len(line) for line in found.lines} == {len(found.header)}
         assert all(image.startswith(b"\x89PNG") for image in found.pictures.values())
+
+
+def test_contexts_and_variations_are_built_too(lab, monkeypatch):
+    # This model's context has 512 tokens.
+    monkeypatch.setattr(asking, "SYSTEM_TOKENS", (0, 50))
+    monkeypatch.setattr(asking, "chat_requests", lambda: ["Write a poem."])
+    monkeypatch.setattr(contexts, "SCOPES", contexts.SCOPES[:1])
+    monkeypatch.setattr(ablations, "SOLVER", {"one": {"latents_per_k": 2}})
+    monkeypatch.setattr(ablations, "SETTINGS", {"two": {"contexts": ("bare",)}})
+    plan = replace(QUICK, some=zsre(2), ablated=(zsre(2),))
+    found = contexts.section(lab, plan)
+    assert found.header[3::2] == ["window:16 in last:64", "window:8 in last:64"]
+    assert {line[0] for line in found.lines} >= {bar.case for bar in BARS[:1] + BARS[2:]}
+    assert {len(line) for line in found.lines} == {len(found.header)}
+    assert contexts.section(lab, plan) == found
+    found = ablations.section(lab, plan)
+    assert [line[1] for line in found.lines] == ["as shipped", "one", "two"]
+    assert {len(line) for line in found.lines} == {len(found.header)}
 
 
 def test_every_variation_changes_something_and_can_be_solved():
