@@ -19,13 +19,23 @@ from benchmarks.quality.lab import Lab
 from benchmarks.quality.page import write_page
 from benchmarks.quality.plan import FULL, QUICK
 from benchmarks.quality.records import Records
-from benchmarks.quality.tables import ablations, budgets, contexts, main, ordinary, selfcheck
+from benchmarks.quality.tables import (
+    ablations,
+    budgets,
+    contexts,
+    main,
+    ordinary,
+    saes,
+    selfcheck,
+)
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.demo.run import cache_folder
 from microedit_trainer.demo.smollm2 import prepare_smollm2
 from microedit_vllm.errors import MicroEditError
 
-TABLES = {table.NAME: table for table in (main, contexts, ordinary, selfcheck, budgets, ablations)}
+TABLES = {
+    table.NAME: table for table in (main, contexts, ordinary, selfcheck, budgets, ablations, saes)
+}
 
 
 def quality(

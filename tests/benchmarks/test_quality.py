@@ -18,7 +18,7 @@ from benchmarks.quality.page import Section, markdown_table, paragraphs, write_p
 from benchmarks.quality.plan import FULL, QUICK, zsre
 from benchmarks.quality.records import Records, Split, in_words
 from benchmarks.quality.store import ResultStore, digest
-from benchmarks.quality.tables import ablations, budgets, contexts, main, selfcheck
+from benchmarks.quality.tables import ablations, budgets, contexts, main, saes, selfcheck
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.edit_run import EditRun
 from microedit_trainer.facts import Fact, Probe
@@ -246,7 +246,7 @@ def test_contexts_and_variations_are_built_too(lab, monkeypatch):
     monkeypatch.setattr(asking, "SYSTEM_TOKENS", (0, 50))
     monkeypatch.setattr(asking, "chat_requests", lambda: ["Write a poem."])
     monkeypatch.setattr(contexts, "SCOPES", contexts.SCOPES[:1])
-    monkeypatch.setattr(ablations, "SOLVER", {"one": {"latents_per_k": 2}})
+    monkeypatch.setattr(ablations, "SOLVER", {"one": {"theta": 2.0}})
     monkeypatch.setattr(ablations, "SETTINGS", {"two": {"contexts": ("bare",)}})
     plan = replace(QUICK, some=zsre(2), ablated=(zsre(2),))
     found = contexts.section(lab, plan)
@@ -264,7 +264,10 @@ def test_every_variation_changes_something_and_can_be_solved():
     for plan in (FULL, QUICK):
         shipped = ablations.experiments(plan, plan.ablated[0])["as shipped"]
         assert shipped == main_experiments(plan)["some"]
-        for name, found in ablations.experiments(plan, plan.ablated[0]).items():
+        varied = ablations.experiments(plan, plan.ablated[0]) | saes.experiments(
+            plan, plan.ablated[0]
+        )
+        for name, found in varied.items():
             found.build_solver(sae)
             if name != "as shipped":
                 assert found.build_settings() != shipped.build_settings() or (

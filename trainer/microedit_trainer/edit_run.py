@@ -165,8 +165,7 @@ class EditRun:
 
     def units(self, facts: Sequence[Fact]) -> int:
         """How far `progress` counts for these facts."""
-        joint = self.settings.solver.name == "joint"
-        return len(facts) * (len(self.context_names) if joint else 1)
+        return len(facts) * self.settings.solver.units_per_fact(len(self.context_names))
 
     @property
     def near_rate(self) -> float:
@@ -290,7 +289,7 @@ class EditRun:
 
     def _manifest(self, facts: Sequence[Fact], solution: Solution, out: Path) -> Manifest:
         settings = self.settings
-        relative = settings.solver.name == "joint"
+        relative = settings.solver.statistic == "relative"
         solver = settings.solver.hyperparameters()
         return Manifest(
             model=ModelIdentity(

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from benchmarks.quality import recipe
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.figures import SCORES_HEADER, score, scores, size
 from benchmarks.quality.lab import Lab
@@ -44,35 +43,38 @@ SETTINGS: Variations = {
     "runs of 8 tokens": {"scope": Scope(run=8)},
     "the last 16 tokens as one run": {"scope": Scope(last=16, run=0)},
 }
-SAES: Variations = {
-    "k halved": {"k": recipe.SAE["k"] // 2},
-    "k doubled": {"k": recipe.SAE["k"] * 2},
-    "twice as wide": {"width": recipe.SAE["width"] * 2},
-    "four layers lower": {"layer": recipe.SAE["layer"] - 4},
-    "without records in its text": recipe.SAE_WITHOUT_RECORDS,
-}
 
 
 def section(lab: Lab, plan: Plan) -> Section:
     """Build it."""
-    lines = []
-    for facts in plan.ablated:
-        for name, experiment in experiments(plan, facts).items():
-            lab.say(f"ablations: {in_words(facts)}, {name}")
-            figures = lab.scores(experiment)
-            chat = figures.get("chat", {})
-            line = [in_words(facts), name, *scores(figures["bare"])]
-            line += [score(chat.get("rel")), score(chat.get("gen"))]
-            lines.append([*line, f"{figures['tau']:.3f}", size(figures)])
+    lines = [
+        line for facts in plan.ablated for line in measured(lab, facts, experiments(plan, facts))
+    ]
     return Section(NAME, "Ablations", TEXT, HEADER, lines)
+
+
+def measured(lab: Lab, facts: Chosen, varied: dict[str, Experiment]) -> list[list[str]]:
+    """A line of the table for each variation."""
+    lines = []
+    for name, experiment in varied.items():
+        lab.say(f"ablations: {in_words(facts)}, {name}")
+        figures = lab.scores(experiment)
+        chat = figures.get("chat", {})
+        line = [in_words(facts), name, *scores(figures["bare"])]
+        line += [score(chat.get("rel")), score(chat.get("gen"))]
+        lines.append([*line, f"{figures['tau']:.3f}", size(figures)])
+    return lines
 
 
 def experiments(plan: Plan, facts: Chosen) -> dict[str, Experiment]:
     """What is varied, by its name in the table."""
-    shipped = {e.facts: e for e in main_experiments(plan).values() if e.solver == "joint"}
-    found = {"as shipped": shipped.get(facts, Experiment(facts))}
+    found = {"as shipped": shipped(plan, facts)}
     found |= {name: Experiment(facts, options=options) for name, options in SOLVER.items()}
     found |= {name: Experiment(facts, settings=settings) for name, settings in SETTINGS.items()}
-    if plan.vary_sae:
-        found |= {name: Experiment(facts, sae=sae) for name, sae in SAES.items()}
     return found
+
+
+def shipped(plan: Plan, facts: Chosen) -> Experiment:
+    """The row of the main table where there is one."""
+    joint = {e.facts: e for e in main_experiments(plan).values() if e.solver == "joint"}
+    return joint.get(facts, Experiment(facts))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from microedit_trainer.solvers import SequentialSolver
+from microedit_vllm.errors import MicroEditError
 from tests.trainer.tiny_edits import FACTS, LAYER, SEQUENTIAL, no_progress, tiny_problem
 
 
@@ -170,3 +171,29 @@ def test_the_solution_is_the_papers_form(problem, tmp_path):
     solution = SEQUENTIAL.solve(replace(problem, work_folder=tmp_path), no_progress)
     assert (solution.placement, solution.activation) == ("replace", "topk")
     assert solution.theta is None
+
+
+@pytest.mark.parametrize("wrong", [{"passes": 0}, {"lr": 0.0}, {"alpha": float("inf")}])
+def test_numbers_that_no_run_can_have_are_refused(wrong):
+    with pytest.raises(MicroEditError, match=next(iter(wrong))):
+        replace(SEQUENTIAL, **wrong)
+
+
+def test_a_second_pass_edits_again_what_was_overwritten(lm, sae, tmp_path, monkeypatch):
+    """Two facts with one prompt and other answers: each overwrites the other."""
+    facts = [FACTS[0], replace(FACTS[0], target=FACTS[1].target), FACTS[2]]
+    problem = tiny_problem(lm, sae, tmp_path, facts, ("bare",))
+    edited: list[int] = []
+    edit = SequentialSolver._edit
+
+    def watched(self, of, prompt, W_dec):
+        edited.append([fact[0] for fact in of.facts].index(prompt))
+        return edit(self, of, prompt, W_dec)
+
+    monkeypatch.setattr(SequentialSolver, "_edit", watched)
+    counted: list[int] = []
+    solver = replace(SEQUENTIAL, passes=2, steps_edit=80)
+    solver.solve(problem, counted.append)
+    assert edited[:3] == [0, 1, 2]
+    assert 0 in edited[3:] and len(edited) < 6
+    assert sum(counted) == len(facts) * solver.units_per_fact(1) == 6

@@ -78,6 +78,13 @@ class JointSolver:
     name: Literal["joint"] = "joint"
 
     @property
+    def statistic(self) -> Literal["relative"]:
+        return "relative"
+
+    def units_per_fact(self, contexts: int) -> int:
+        return contexts
+
+    @property
     def holds_ordinary(self) -> bool:
         return True
 

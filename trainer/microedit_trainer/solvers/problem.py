@@ -70,6 +70,13 @@ class Solver(Protocol):
         """As the edit set records it."""
 
     @property
+    def statistic(self) -> Literal["absolute", "relative"]:
+        """What the switch decides by."""
+
+    def units_per_fact(self, contexts: int) -> int:
+        """How far `solve` counts its progress for a fact in so many contexts."""
+
+    @property
     def holds_ordinary(self) -> bool:
         """Whether it makes use of `EditProblem.ordinary`, which costs a second to collect."""
 

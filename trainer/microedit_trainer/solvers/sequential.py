@@ -23,6 +23,8 @@ from microedit_vllm.errors import MicroEditError
 
 CHECKPOINT = "sequential.safetensors"
 ROWS_AT_ONCE = 4096
+# An edit is forgotten where L_edit is so many times what counted as learnt.
+FORGOTTEN = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class SequentialSolver:
     steps_edit: most steps of stage 2, L_rec + L_edit.
     learnt: L_edit below which stage 2 ends.
     position: where ẑ goes: every token of prompt and answer (the paper) or from the decision on.
+    passes: how often it goes over the facts (the paper: once). From the second time on, only those
+        that a later fact has overwritten are edited again.
+    statistic: what decides: ARD as in the paper, or relative to the unedited decoder's.
     checkpoint_every: facts between two checkpoints.
     """
 
@@ -43,14 +48,21 @@ class SequentialSolver:
     steps_edit: int = 60
     learnt: float = 0.05
     position: Literal["decision", "sequence"] = "decision"
+    passes: int = 1
+    statistic: Literal["absolute", "relative"] = "absolute"
     checkpoint_every: int = 10
     name: Literal["sequential"] = "sequential"
 
     def __post_init__(self) -> None:
         """Raises MicroEditError: numbers that no run can have."""
+        if self.passes < 1:
+            raise MicroEditError(f"passes is {self.passes}; it must be at least 1")
         for name in ("alpha", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
+
+    def units_per_fact(self, contexts: int) -> int:
+        return self.passes
 
     @property
     def holds_ordinary(self) -> bool:
@@ -72,13 +84,16 @@ class SequentialSolver:
         changed = torch.zeros(problem.sae.num_latents, dtype=torch.bool, device=W_dec.device)
         done = self._restore(problem, W_dec, changed)
         progress(done)
-        for index in range(done, len(problem.facts)):
-            for prompt in problem.facts[index]:
+        facts = problem.facts
+        for turn in range(done, self.passes * len(facts)):
+            for prompt in facts[turn % len(facts)]:
+                if turn >= len(facts) and self._holds(problem, prompt, W_dec):
+                    continue
                 rows, values = self._edit(problem, prompt, W_dec)
                 W_dec[rows] = values
                 changed[rows] = True
-            if (index + 1) % self.checkpoint_every == 0:
-                self._save(problem, W_dec, changed, index + 1)
+            if (turn + 1) % self.checkpoint_every == 0:
+                self._save(problem, W_dec, changed, turn + 1)
             progress(1)
         rows = changed.nonzero()[:, 0]
         # In parts: a whole difference is a third decoder beside the two that are compared.
@@ -88,6 +103,15 @@ class SequentialSolver:
         ]
         change = DecoderChange(rows.cpu(), torch.cat(parts))
         return Solution(change, change, "replace", "topk", None, {})
+
+    @torch.no_grad()
+    def _holds(self, problem: EditProblem, prompt: StoredPrompt, W_dec: Tensor) -> bool:
+        """Whether an earlier edit still gives its answer."""
+        where = self._substituted(prompt).nonzero()[:, 0]
+        top_acts, top_indices = problem.sae.encode(prompt.z.float()[where])
+        z_hat = decode(top_acts, top_indices, W_dec, problem.sae.b_dec)
+        loss = self._edit_loss(problem, prompt, where, z_hat)
+        return float(loss) < FORGOTTEN * self.learnt
 
     def _edit(
         self, problem: EditProblem, prompt: StoredPrompt, W_dec: Tensor

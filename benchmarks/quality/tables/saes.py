@@ -1,0 +1,36 @@
+"""What the SAE is worth: its width, k, layer and text. Each takes minutes to train."""
+
+from benchmarks.quality import recipe
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.page import Section
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.records import Chosen
+from benchmarks.quality.tables.ablations import HEADER, Variations, measured, shipped
+
+NAME = "saes"
+TEXT = """
+Another SAE, all else as shipped. *as shipped* is the row of the main table.
+"""
+SAES: Variations = {
+    "a quarter as wide": {"width": recipe.SAE["width"] // 4},
+    "half as wide": {"width": recipe.SAE["width"] // 2},
+    "k halved": {"k": recipe.SAE["k"] // 2},
+    "k doubled": {"k": recipe.SAE["k"] * 2},
+    "four layers lower": {"layer": recipe.SAE["layer"] - 4},
+    "held-out records in its text": {"text": (*recipe.SAE["text"], recipe.HELD_OUT)},
+}
+
+
+def section(lab: Lab, plan: Plan) -> Section:
+    """Build it."""
+    lines = [
+        line for facts in plan.ablated for line in measured(lab, facts, experiments(plan, facts))
+    ]
+    return Section(NAME, "SAEs", TEXT, HEADER, lines)
+
+
+def experiments(plan: Plan, facts: Chosen) -> dict[str, Experiment]:
+    """What is varied, by its name in the table."""
+    varied = {name: Experiment(facts, sae=sae) for name, sae in SAES.items()}
+    return {"as shipped": shipped(plan, facts)} | varied
