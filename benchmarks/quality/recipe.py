@@ -14,7 +14,7 @@ SAE: dict[str, Any] = {
     "steps": 3000,
     "sample_tokens": 60_000,
 }
-# Fields of `JointSolver`, of `SequentialSolver` (the paper's placement), and of `EditSettings`.
+# Fields of `JointSolver`, of `SequentialSolver` (the command line's), and of `EditSettings`.
 JOINT: dict[str, Any] = {}
-SEQUENTIAL: dict[str, Any] = {"position": "sequence"}
+SEQUENTIAL: dict[str, Any] = {"position": "sequence", "passes": 3, "statistic": "relative"}
 SETTINGS: dict[str, Any] = {}

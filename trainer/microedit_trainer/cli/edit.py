@@ -30,6 +30,11 @@ class TrainedIn(StrEnum):
     chat = "chat"
 
 
+class Statistic(StrEnum):
+    absolute = "absolute"
+    relative = "relative"
+
+
 class Position(StrEnum):
     decision = "decision"
     sequence = "sequence"
@@ -108,6 +113,21 @@ def edit(
         float | None, typer.Option(help="sequential: α of ARD; default: the SAE's mean ‖ẑ−z‖².")
     ] = None,
     steps_rec: Annotated[int | None, typer.Option(min=0, help="sequential: stage 1.")] = None,
+    passes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="sequential: passes over the facts; from the second on, those that others have "
+            "overwritten are edited again (the paper: 1).",
+        ),
+    ] = 3,
+    statistic: Annotated[
+        Statistic,
+        typer.Option(
+            help="sequential: decide by the ARD itself (the paper) or by its ratio to the unedited "
+            "decoder's.",
+        ),
+    ] = Statistic.relative,
     steps_edit: Annotated[int | None, typer.Option(min=1, help="sequential: stage 2.")] = None,
     position: Annotated[
         Position,
@@ -156,7 +176,13 @@ def edit(
         distance = encoder.report.get("mean_distance") if alpha is None else alpha
         if distance is None:
             raise MicroEditError("the SAE folder does not state its mean ‖ẑ−z‖²; give --alpha")
-        chosen = SequentialSolver(alpha=float(distance), position=position.value, **given)
+        chosen = SequentialSolver(
+            alpha=float(distance),
+            position=position.value,
+            passes=passes,
+            statistic=statistic.value,
+            **given,
+        )
         scope = Scope(last=None, run=0)
     settings = EditSettings(
         solver=chosen,
