@@ -18,7 +18,7 @@ SAES: Variations = {
     "k halved": {"k": recipe.SAE["k"] // 2},
     "k doubled": {"k": recipe.SAE["k"] * 2},
     "four layers lower": {"layer": recipe.SAE["layer"] - 4},
-    "held-out records in its text": {"text": (*recipe.SAE["text"], recipe.HELD_OUT)},
+    "without records in its text": recipe.SAE_WITHOUT_RECORDS,
 }
 
 
