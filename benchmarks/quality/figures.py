@@ -27,6 +27,6 @@ def scores(found: dict[str, Any], bars: dict[str, float] | None = None) -> list[
 
 
 def size(figures: Figures) -> str:
-    """Rows of both changes, and what part of the decoder they are."""
-    first, second = figures["rows"]
-    return f"{first} + {second} ({figures['share_of_decoder']:.0%})"
+    """Rows of the change, or of both, and what part of the decoder they are."""
+    rows = " + ".join(map(str, figures["rows"]))
+    return f"{rows} ({figures['share_of_decoder']:.0%})"

@@ -150,7 +150,9 @@ class Lab:
     def _scores(self, experiment: Experiment) -> Figures:
         edit_set, split = self.edit_set(experiment), self.split(experiment)
         engine, contexts = self.engine(experiment), self.contexts(experiment)
-        changed = [len(edit_set.scoring.indices), len(edit_set.edit.indices)]
+        # The paper's form has one change for both.
+        changes = (edit_set.scoring, edit_set.edit)[: 1 if edit_set.is_shared else 2]
+        changed = [len(change.indices) for change in changes]
         figures: Figures = {
             "facts": len(split.edited),
             "near": len(split.near),

@@ -87,26 +87,22 @@ class Records:
             raise MicroEditError(f"no such mix of records: {counts}")
         zsre = self.zsre[: counts.get("zsre", 0)]
         counterfact = self.counterfact[: counts.get("counterfact", 0)]
-        if len(zsre) > HOLD_OUT.start:
-            return self._all_zsre(zsre, counterfact)
-        near = self.zsre[NEAR]
-        subjects = [fact.subject for fact in near if fact.subject]
-        return Split([*zsre, *counterfact], self.zsre[HOLD_OUT], near, subjects)
-
-    def _all_zsre(self, zsre: Sequence[Fact], counterfact: Sequence[Fact]) -> Split:
-        """No ZsRE record is left: CounterFact's locality prompts (the same relation, another
-        subject) are near, ZsRE's are loc, and τ has the shipped prompts and subjects alone.
-        """
-        about = mentions([*zsre, *counterfact])
+        # CounterFact's locality prompts are near (the same relation, another subject), not Loc.
+        edited = [*zsre, *(replace(fact, locality=()) for fact in counterfact)]
+        about = mentions(edited)
         near = [
             Fact(probe.prompt, probe.answer)
             for fact in counterfact
             for probe in fact.locality
             if not about(probe.prompt)
         ]
+        if len(zsre) <= HOLD_OUT.start:
+            near = [*self.zsre[NEAR], *near]
+            subjects = [fact.subject for fact in near if fact.subject]
+            return Split(edited, self.zsre[HOLD_OUT], near, subjects)
+        # No ZsRE record is left for τ, and no subject of one.
         people = [fact.subject.title() for fact in self.selfcheck if fact.subject]
         free = [name for name in dict.fromkeys(people) if not about(name)]
-        edited = [*zsre, *(replace(fact, locality=()) for fact in counterfact)]
         return Split(edited, (), near, free)
 
     def _selfcheck(self, count: int) -> Split:

@@ -91,6 +91,10 @@ def test_edited_calibrating_and_near_records_are_never_the_same(records, chosen)
     assert sum(map(len, parts)) == len(set().union(*parts))
     own = {fact.subject for fact in split.edited}
     assert not own & set(split.subjects)
+    # Of CounterFact's locality prompts those about another river than an edited one are near.
+    rivers = {prompt for prompt in parts[2] if "river" in prompt}
+    wanted = {f"The river Q{i} flows through" for i in range(dict(chosen).get("counterfact", 0))}
+    assert rivers == {prompt for prompt in wanted if int(prompt.split()[2][1:]) % 4}
     if chosen[0][0] == "selfcheck":
         assert not own & {fact.subject for fact in (*split.hold_out, *split.near)}
 
@@ -211,7 +215,8 @@ def test_a_row_is_measured_once_and_again_when_something_changed(lab, monkeypatc
     assert sum(first["rows"]) == round(first["share_of_decoder"] * 256)
     lab.scores(Experiment(zsre(2), options=budgets.options(20)))
     lab.scores(Experiment(zsre(2), settings={"scope": Scope(last=8, run=0)}))
-    lab.scores(Experiment(zsre(2), solver="sequential", options={"steps_edit": 2}))
+    both = lab.scores(Experiment(zsre(2), solver="sequential", options={"steps_edit": 2}))
+    assert len(both["rows"]) == 1
     assert made == [2] * 4
     lab.forget_results()
     lab.scores(Experiment(zsre(2)))
