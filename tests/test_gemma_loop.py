@@ -68,7 +68,7 @@ def test_texts_begin_with_bos(gemma3_270m, engine):
 def test_facts_are_bare_and_bos_is_a_sink_that_is_never_scored(engine, contexts):
     assert contexts.names == ("bare",)
     prompts = [contexts.render("bare", fact.prompt, fact.target) for fact in edited()]
-    for stored in engine.stored(prompts):
+    for stored in engine.store.of(prompts):
         assert stored.is_sink.tolist() == [True, *[False] * (len(stored.z) - 1)]
         assert 0 not in stored.scored
 

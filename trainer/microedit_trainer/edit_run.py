@@ -158,6 +158,8 @@ class EditRun:
             solution = self.settings.solver.solve(problem, progress)
         draft = self._draft(facts, solution, _golden_z(stored, ordinary), out)
         own = [[prompt.to("cpu") for prompt in fact] for fact in stored]
+        # Gigabytes of many facts, which would lie on the device beside the model.
+        del problem, stored, reworded
         edit_set = self._finish(facts, own, draft, solution, time.monotonic() - started, stages)
         edit_set.save(out)
         shutil.rmtree(work, ignore_errors=True)

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.estimate.model_size import ModelSize
 from microedit_trainer.estimate.stages import Stage
-from microedit_trainer.solvers.conjugate_gradients import PANELS_BYTES
-from microedit_trainer.solvers.ridge import DENSE_BYTES
-from microedit_trainer.solvers.sparse_codes import CODES_BYTES, PIECE_BYTES
+from microedit_trainer.solvers.conjugate_gradients import PANELS, PANELS_BYTES
+from microedit_trainer.solvers.ridge import (
+    DENSE_BYTES,
+    FP64_COST,
+    GATHER_COST,
+    LEAST_STEPS,
+    PANEL_PRODUCTS,
+    STEPS_PER_BLOCK,
+)
+from microedit_trainer.solvers.sparse_codes import BYTES_PER_CODE, CODES_BYTES, PIECE_BYTES
 
 # Prompts together in a batch: of `store_residuals`, and of `predictions`.
 STORED_AT_ONCE, SCORED_AT_ONCE = 16, 32
+# Of all latents, those that an edited token has at θ = 0: measured on the demo's model.
+ACTIVE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class EditPlan:
         facts, prompts: prompts are facts in every context.
         tokens: prompt and answer of all prompts; longest: the most of one.
         edited: positions with a target; scored: those that the switch looks at.
+        reworded: other wordings of each prompt, with the same targets.
         ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
         latents, k: the SAE's. rows: budget of each change of the joint solver.
         steps: of Adam, for a target or a fact.
@@ -40,6 +50,7 @@ class EditPlan:
     tokens: int
     longest: int
     edited: int
+    reworded: int
     scored: int
     ordinary: int
     checked: int
@@ -52,6 +63,11 @@ class EditPlan:
     def tokens_at_once(self) -> int:
         """Of the prompts that the solver runs together, without padding."""
         return max(1, self.tokens // self.prompts) * (STORED_AT_ONCE if self.joint else 1)
+
+    @property
+    def edited_in_all(self) -> int:
+        """Positions with a target, in the prompt's own and in other wordings."""
+        return self.edited * (1 + self.reworded)
 
     def changed_rows(self) -> int:
         """Decoder rows of a change, at most."""
@@ -89,7 +105,8 @@ def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:
     waiting = model.waiting(plan.layer) if offload else 0
     sae = 2 * plan.latents * d * 4
     beside = {} if offload else {"SAE": sae}
-    kept = {"residuals": plan.tokens * d * b + plan.ordinary * d * 4}
+    held = plan.tokens + plan.edited * plan.reworded
+    kept = {"residuals": held * d * b + plan.ordinary * d * 4}
     lower = {"model": model.weights, "activations": model.activations(_batch(plan, STORED_AT_ONCE))}
     upper = {"model": model.weights - waiting, "SAE": sae}
     solver = _joint(model, plan) if plan.joint else _sequential(model, plan)
@@ -109,19 +126,22 @@ def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:
 
 
 def ridge_bytes(tokens: int, rows: int, d: int) -> int:
-    """The larger solve of `solvers.ridge`: by a Cholesky factor, or by conjugate gradients."""
-    dense = [8 * tokens * (2 * tokens + rows + d), 8 * rows * (2 * rows + d)]
-    iterative = CODES_BYTES + PANELS_BYTES
-    return min([size for size in dense if size <= DENSE_BYTES], default=iterative)
+    """The most that `solvers.ridge` takes, whichever system it chooses, with its solution."""
+    dense = (8 * tokens * (2 * tokens + rows + d), 8 * rows * (2 * rows + d))
+    iterative = min(CODES_BYTES, BYTES_PER_CODE * tokens * rows)
+    iterative += min(PANELS_BYTES, PANELS * rows * d * 4)
+    system = max([iterative, *(size for size in dense if size <= DENSE_BYTES)])
+    # Right side, start, solution, and what is kept of it.
+    return system + 4 * rows * d * 4
 
 
 def _joint(model: ModelSize, plan: EditPlan) -> dict[str, int]:
     d, n = model.hidden_size, plan.latents
-    tokens = plan.ordinary + max(plan.edited, plan.scored)
+    tokens = plan.ordinary + max(plan.edited_in_all, plan.scored)
     answers = _answers(plan, STORED_AT_ONCE)
     batch = _batch(plan, STORED_AT_ONCE)
     return {
-        "targets": plan.edited * d * 4,
+        "targets": plan.edited_in_all * d * 4,
         # Pre-activations, ReLU, dense codes in fp32, and those in fp64.
         "solver": max(
             ridge_bytes(tokens, n, d) + 5 * PIECE_BYTES,
@@ -181,17 +201,32 @@ def edit_seconds(
     # Forward, and backward in z alone: twice a forward.
     runs = plan.steps * (4 * above * plan.tokens + 4 * head * plan.edited) / solver_flops
     if plan.joint:
-        tokens = plan.ordinary + max(plan.edited, plan.scored)
-        few, many = sorted((tokens, plan.latents))
-        products = 2 * (2 * few * few * many + few**3)
-        codes = 3 * (plan.edited + plan.scored) + 2 * plan.ordinary
-        solving = runs + codes * encode + 2 * products / sae_flops
+        coded = 3 * (plan.edited_in_all + plan.scored) + 2 * plan.ordinary
+        scoring = plan.ordinary + plan.scored
+        edit = plan.ordinary + plan.edited_in_all
+        solves = _ridge_operations(scoring, scoring * plan.k, plan.latents, d)
+        active = int(ACTIVE_SHARE * plan.latents)
+        solves += _ridge_operations(edit, edit * active, plan.latents, d)
+        solving = runs + coded * encode + solves / sae_flops
     else:
         solving = runs + plan.tokens * encode
     checked = plan.checked + plan.tokens
+    stored = plan.tokens * (1 + plan.reworded) + plan.ordinary
     return {
-        "storing residuals": 2 * below * (plan.tokens + plan.ordinary) / model_flops,
+        "storing residuals": 2 * below * stored / model_flops,
         "solving": solving,
         "calibrating": checked * ((2 * below + 2 * above) / model_flops + 2 * encode)
         + 2 * head * plan.edited / model_flops,
     }
+
+
+def _ridge_operations(tokens: int, codes: int, rows: int, d: int) -> float:
+    """Operations of one change, solved on all rows and on the kept ones, by the quickest way that
+    its memory allows (`solvers.ridge`)."""
+    steps = LEAST_STEPS + STEPS_PER_BLOCK * rows / d
+    ways = [steps * d * (GATHER_COST * 2 * codes + PANEL_PRODUCTS * rows * d)]
+    if 8 * tokens * (2 * tokens + rows + d) <= DENSE_BYTES:
+        ways.append(FP64_COST * tokens**2 * (rows + tokens / 6))
+    if 8 * rows * (2 * rows + d) <= DENSE_BYTES:
+        ways.append(FP64_COST * (tokens * rows * (rows / 2 + d) + rows**3 / 6))
+    return 2 * 2 * min(ways)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from microedit_trainer.contexts import Contexts, PromptTokens
+from microedit_trainer.contexts import Contexts, PromptTokens, rewordings
 from microedit_trainer.edit_run import EditSettings, ordinary_lines
 from microedit_trainer.estimate.edit import EditPlan, PromptCounts
 from microedit_trainer.facts import Fact
@@ -57,6 +57,7 @@ def plan_edit(
         tokens=own.tokens,
         longest=max(own.longest, others.longest, unchanged.longest, unrelated.longest),
         edited=own.edited,
+        reworded=len(rewordings("")) if solver.uses_rewordings else 0,
         scored=own.scored,
         ordinary=unchanged.tokens if solver.holds_ordinary else 0,
         checked=checked,
