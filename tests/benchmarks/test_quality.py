@@ -18,7 +18,15 @@ from benchmarks.quality.page import Section, markdown_table, paragraphs, write_p
 from benchmarks.quality.plan import FULL, QUICK, zsre
 from benchmarks.quality.records import Records, Split, in_words
 from benchmarks.quality.store import ResultStore, digest
-from benchmarks.quality.tables import ablations, budgets, contexts, main, saes, selfcheck
+from benchmarks.quality.tables import (
+    ablations,
+    budgets,
+    contexts,
+    main,
+    ordinary,
+    saes,
+    selfcheck,
+)
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.edit_run import EditRun
 from microedit_trainer.facts import Fact, Probe
@@ -244,6 +252,19 @@ def test_tables_are_built_from_their_experiments(lab):
         found = table.section(lab, plan)
         assert {len(line) for line in found.lines} == {len(found.header)}
         assert all(image.startswith(b"\x89PNG") for image in found.pictures.values())
+
+
+@pytest.mark.parametrize(("fires", "shown"), [(2, "2 of 1000"), (3, "**3 of 1000** (> 2)")])
+def test_ordinary_traffic_has_a_row_for_each_size(lab, monkeypatch, fires, shown):
+    found = {"fires": fires, "total": 1000, "interval": [0.0005, 0.0073], "smallest_ard": 0.97}
+    found |= {"tau": 0.9, "kinds": {"code": [fires, 75], "chat": [0, 925]}}
+    monkeypatch.setattr(Lab, "row", lambda self, kind, experiment, measure: found)
+    table = ordinary.section(lab, QUICK)
+    assert [line[0] for line in table.lines] == [
+        *("4 ZsRE", "10 ZsRE", "30 ZsRE", "10 ZsRE, 10 CounterFact", "10 ZsRE"),
+    ]
+    expected = [shown, "0.05% to 0.73%", "0.970", "0.900", f"{fires} of 75 code"]
+    assert all(line[2:] == expected for line in table.lines)
 
 
 def test_contexts_and_variations_are_built_too(lab, monkeypatch):

@@ -229,7 +229,8 @@ def test_a_template_without_system_prompts_says_so_in_one_line(tokenizer):
 
 
 def test_rewordings_keep_what_the_answer_follows():
-    assert rewordings("Who is Bo?") == ("Question: Who is Bo? Answer:", "Tell me: Who is Bo?")
+    question = "Who is Bo?"
+    assert all(question in words and words != question for words in rewordings(question))
     assert all(
         words.endswith("lies in the city of") for words in rewordings("Bo lies in the city of")
     )

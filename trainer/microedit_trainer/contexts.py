@@ -13,7 +13,7 @@ ContextName = Literal["bare", "chat", "long"]
 # A question and its answer in an earlier turn of the conversation.
 Exchange = tuple[str, str]
 
-QUESTION_REWORDINGS = ("Question: {} Answer:", "Tell me: {}")
+QUESTION_REWORDINGS = ("Question: {} Answer:", "Tell me: {}", "{} The answer is")
 BEGINNING_REWORDINGS = ("As you know, {}", "Tell me: {}")
 
 
@@ -132,7 +132,7 @@ def _messages(prompt: str, system: str | None, history: Sequence[Exchange]) -> l
 def rewordings(prompt: str) -> tuple[str, ...]:
     """The prompt within other words, from which the same answer must follow.
 
-    What a question asks stays in its last words; a sentence that is to be completed keeps its end.
+    A sentence that is to be completed keeps its end.
     """
     around = QUESTION_REWORDINGS if prompt.rstrip().endswith("?") else BEGINNING_REWORDINGS
     return tuple(words.format(prompt.strip()) for words in around)

@@ -26,7 +26,7 @@ from microedit_trainer.residual_store import HELD_BYTES, ResidualStore
 from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
 from microedit_trainer.solvers.problem import Stages, no_stages
 from microedit_trainer.solvers.resume import open_work_folder
-from microedit_trainer.stored_residuals import StoredPrompt, edited_residuals
+from microedit_trainer.stored_residuals import StoredPrompt, decision_residuals
 from microedit_vllm.artifact import (
     Decision,
     EditOperator,
@@ -204,10 +204,10 @@ class EditRun:
         stored = iter(self._residuals.of(flat, shown))
         return [[next(stored) for _ in rendered] for rendered in prompts]
 
-    def _reworded(self, facts: Sequence[Fact], stages: Stages) -> list[list[Tensor]]:
+    def _reworded(self, facts: Sequence[Fact], stages: Stages) -> list[Tensor]:
         """z of each prompt in other words, as in `EditProblem.reworded`."""
         rendered = [
-            [self.contexts.render(name, words, fact.target) for words in rewordings(fact.prompt)]
+            [self.contexts.render(name, words) for words in rewordings(fact.prompt)]
             for name in self.context_names
             for fact in facts
         ]
@@ -216,8 +216,8 @@ class EditRun:
         def shown(done: int) -> None:
             stages("other words", done / len(flat), f"{len(flat)} prompts")
 
-        found = iter(edited_residuals(self.lm, self.layer, flat, shown))
-        return [[next(found) for _ in others] for others in rendered]
+        found = decision_residuals(self.lm, self.layer, flat, shown)
+        return list(found.split([len(others) for others in rendered]))
 
     def _sink_norm(self) -> float:
         """3 × the median residual norm over the shipped ordinary prompts, for a foreign SAE."""

@@ -91,27 +91,24 @@ def store_residuals(
     return [stored[index] for index in range(len(prompts))]
 
 
-def edited_residuals(
+def decision_residuals(
     lm: LanguageModel,
     layer: int,
     prompts: Sequence[PromptTokens],
     shown: Progress = lambda done: None,
     batch: int = 16,
-) -> list[Tensor]:
-    """z at the positions e, e+1, … of each prompt with its answer, and nothing else of it.
+) -> Tensor:
+    """z at the decision position of each prompt, and nothing else of it: [N, d], model dtype.
 
     Args:
         shown: called with the number of prompts done.
-
-    Returns:
-        per prompt [A + 1, d], the model's dtype.
     """
     found: list[Tensor] = []
     for start in range(0, len(prompts), batch):
         stored = store_residuals(lm, layer, prompts[start : start + batch], float("inf"), batch)
-        found += [p.z[p.edited].clone() for p in stored]
+        found += [p.z[p.tokens.edit_from].clone() for p in stored]
         shown(len(found))
-    return found
+    return torch.stack(found)
 
 
 def predictions(

@@ -48,9 +48,12 @@ def edit(options, capsys):
 
 
 SEQUENTIAL = {"--solver": "sequential", "--steps-rec": "2", "--steps-edit": "2"}
+PAPERS = SEQUENTIAL | {"--passes": "1", "--statistic": "absolute"}
 
 
-@pytest.mark.parametrize("changes", [{}, SEQUENTIAL], ids=["joint", "sequential"])
+@pytest.mark.parametrize(
+    "changes", [{}, SEQUENTIAL, PAPERS], ids=["joint", "sequential", "the paper's"]
+)
 def test_the_command_writes_a_set_and_shows_it(edit, tmp_path, sae, changes):
     status, out, _ = edit(changes)
     assert status == 0
@@ -60,7 +63,9 @@ def test_the_command_writes_a_set_and_shows_it(edit, tmp_path, sae, changes):
     assert manifest.solver == changes.get("--solver", "joint")
     assert manifest.facts == len(FACTS)
     if changes:
-        assert manifest.decision.alpha == sae.report["mean_distance"]
+        assert manifest.hyperparameters["alpha"] == sae.report["mean_distance"]
+        is_papers = manifest.decision.statistic == "absolute"
+        assert is_papers == ("--passes" in changes)
         assert str(manifest.decision.scope) == "all"
     else:
         assert str(manifest.decision.scope) == "window:16 in last:64"
@@ -74,7 +79,7 @@ def test_options_reach_the_solver(edit, tmp_path):
     assert manifest.hyperparameters["rows_per_fact"] == 7
     assert manifest.decision.tau == 0.25
     changes = {"--alpha": "99", "--lr": "0.01", "--position": "sequence"}
-    assert edit(SEQUENTIAL | changes)[0] == 0
+    assert edit(PAPERS | changes)[0] == 0
     manifest = EditSet.load(tmp_path / "set").manifest
     assert (manifest.decision.alpha, manifest.position) == (99.0, "sequence")
     assert manifest.hyperparameters["lr"] == 0.01

@@ -36,7 +36,7 @@ class EditPlan:
         facts, prompts: prompts are facts in every context.
         tokens: prompt and answer of all prompts; longest: the most of one.
         edited: positions with a target; scored: those that the switch looks at.
-        reworded: other wordings of each prompt, with the same targets.
+        reworded: other wordings of each prompt, each with one target.
         ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
         latents, k: the SAE's. rows: budget of each change of the joint solver.
         steps: of Adam, for a target or a fact.
@@ -67,7 +67,7 @@ class EditPlan:
     @property
     def edited_in_all(self) -> int:
         """Positions with a target, in the prompt's own and in other wordings."""
-        return self.edited * (1 + self.reworded)
+        return self.edited + self.prompts * self.reworded
 
     def changed_rows(self) -> int:
         """Decoder rows of a change, at most."""
@@ -105,7 +105,7 @@ def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:
     waiting = model.waiting(plan.layer) if offload else 0
     sae = 2 * plan.latents * d * 4
     beside = {} if offload else {"SAE": sae}
-    held = plan.tokens + plan.edited * plan.reworded
+    held = plan.tokens + plan.prompts * plan.reworded
     kept = {"residuals": held * d * b + plan.ordinary * d * 4}
     lower = {"model": model.weights, "activations": model.activations(_batch(plan, STORED_AT_ONCE))}
     upper = {"model": model.weights - waiting, "SAE": sae}

@@ -57,7 +57,7 @@ def plan_edit(
         tokens=own.tokens,
         longest=max(own.longest, others.longest, unchanged.longest, unrelated.longest),
         edited=own.edited,
-        reworded=len(rewordings("")) if solver.uses_rewordings else 0,
+        reworded=len(rewordings("?")) if solver.uses_rewordings else 0,
         scored=own.scored,
         ordinary=unchanged.tokens if solver.holds_ordinary else 0,
         checked=checked,

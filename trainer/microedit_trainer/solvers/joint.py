@@ -162,15 +162,16 @@ class JointSolver:
             Term(own, torch.cat(list(deltas)), 1.0),
             Term(problem.ordinary, None, self.edit.unchanged_weight),
         ]
-        # A prompt's δ* answers its rewordings as well: they have the same answer tokens.
-        pairs = [
-            (z, delta)
-            for others, delta in zip(problem.reworded, deltas, strict=bool(problem.reworded))
-            for z in others
-        ]
-        if pairs:
-            z, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
-            terms.append(Term(z, wanted, self.reworded_weight))
+        if problem.reworded:
+            # A prompt's δ* answers its rewordings as well. What differs between wordings is where
+            # the answer begins; behind its first token they are much alike.
+            first = [
+                delta[:1].expand(len(z), -1)
+                for z, delta in zip(problem.reworded, deltas, strict=True)
+            ]
+            terms.append(
+                Term(torch.cat(list(problem.reworded)), torch.cat(first), self.reworded_weight)
+            )
         return self._solve(problem, "edit", self.edit, encode, terms)
 
     def _solve(

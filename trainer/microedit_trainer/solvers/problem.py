@@ -26,8 +26,8 @@ class EditProblem:
 
     Attributes:
         facts: per fact, its prompt in each context it is trained in.
-        reworded: per prompt of `facts`, context by context, z at its edited positions in other
-            words, each [A + 1, d]; empty where the solver wants none.
+        reworded: per prompt of `facts`, context by context, z at the decision position of each
+            of its rewordings, [W, d]; empty where the solver wants none.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
         work_folder: where a solver keeps what lets a stopped run resume.
         targets_folder: where the joint solver keeps targets and its solution for later runs; None
@@ -45,7 +45,7 @@ class EditProblem:
     work_folder: Path
     targets_folder: Path | None = None
     origin: str = ""
-    reworded: Sequence[Sequence[Tensor]] = ()
+    reworded: Sequence[Tensor] = ()
     executor: Executor = field(default_factory=InProcess)
     stages: Stages = no_stages
 

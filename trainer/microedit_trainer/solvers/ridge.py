@@ -20,7 +20,7 @@ from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
 from microedit_trainer.solvers.sparse_codes import CodedTerms, Watch
 from microedit_vllm.errors import MicroEditError
 
-DENSE_BYTES = 1 << 30
+DENSE_BYTES = 3 << 30
 # How long a multiply-add takes, in those of an fp32 matrix product, measured on one core: 95
 # GFLOP/s, against 45 in fp64 and 35 through an index.
 FP64_COST, GATHER_COST = 2.0, 3.0
