@@ -62,7 +62,7 @@ class EditSettings:
         hold_out: records of the same kind as the facts, for τ alone; never edited.
         targets: folder in which the joint solver keeps the facts' targets for later runs.
         language: which language the facts were read in, for the record; see `read_facts`.
-        executor: who finds the joint solver's targets; they are the same whoever does.
+        executor: who finds the joint solver's targets.
     """
 
     solver: Solver
