@@ -69,7 +69,7 @@ class EditSettings:
         targets: folder in which a run keeps, for later ones, what does not depend on the other
             facts: residuals and the joint solver's targets; and that solver's last solution.
         language: which language the facts were read in, for the record; see `read_facts`.
-        executor: who finds the joint solver's targets; they are the same whoever does.
+        executor: who finds the joint solver's targets.
         offload: the layers up to l and the SAE take turns on the device: less memory, same set.
     """
 

@@ -5,6 +5,7 @@ import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from microedit_vllm.errors import MicroEditError
 from tests.trainer.tiny_edits import FACTS, JOINT, LAYER, no_progress, stored_prompts, tiny_problem
 
 FEW = replace(JOINT.targets, steps=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As each worker has: another number would round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,17 @@ def test_without_ray_its_option_is_one_clear_line(lm, batches, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MicroEditError, match=r"pip install 'microedit-vllm\[ray\]'"):
         next(RayCluster().targets(lm, LAYER, FEW, batches))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:port"])
+def test_a_cluster_that_does_not_answer_is_one_clear_line(lm, batches, monkeypatch, address):
+    begun = []
+    absent = SimpleNamespace(is_initialized=lambda: False, init=lambda **options: begun.append(1))
+    monkeypatch.setitem(sys.modules, "ray", absent)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(MicroEditError, match=r"Ray does not start .*check RAY_ADDRESS"):
+        next(RayCluster().targets(lm, LAYER, FEW, batches))
+    assert begun == []
 
 
 @pytest.mark.usefixtures("ray")

@@ -81,7 +81,7 @@ def edit(
         typer.Option(
             min=1,
             help="joint: find targets in N processes, each with the model in memory and its share "
-            "of the threads. The set is the same. With --ray: at most N batches at a time.",
+            "of the threads. With --ray: at most N batches at a time.",
         ),
     ] = None,
     ray: Annotated[

@@ -1,7 +1,8 @@
 """Who runs the batches of targets: this process, several, or a Ray cluster.
 
-A batch depends on nothing but its own stored prompts, so the targets are the same wherever it runs.
-The prompts travel with their residuals: a worker loads the model, and computes only the targets.
+A batch depends on nothing but its own stored prompts, so the targets are the same wherever it runs:
+bit for bit with as many threads, which decide on the order of sums, else up to rounding. The
+prompts travel with their residuals: a worker loads the model, and computes only the targets.
 """
 
 import functools
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -140,7 +142,8 @@ class RayCluster:
     def _connect(self, ray: Any) -> None:
         quiet = {"log_to_driver": False, "logging_level": "error"}
         try:
-            if "RAY_ADDRESS" in os.environ:
+            if address := os.environ.get("RAY_ADDRESS"):
+                _check_reachable(address)
                 ray.init(**quiet)
             else:
                 cpus = self.workers or os.cpu_count()
@@ -150,6 +153,13 @@ class RayCluster:
             raise MicroEditError(
                 f"Ray does not start ({reason[0]}); check RAY_ADDRESS, or leave --ray out"
             ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError where nobody answers: Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _room(ray: Any, kind: str) -> int:
