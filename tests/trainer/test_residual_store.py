@@ -47,10 +47,10 @@ def test_each_prompt_runs_once_and_comes_back_in_its_place(lm, prompts, ran):
     assert sorted(map(hash, ran[0])) == sorted(map(hash, prompts)) and len(ran) == 1
 
 
-def test_memory_is_bounded_and_what_was_dropped_is_run_again(lm, prompts, ran, monkeypatch):
+def test_memory_is_bounded_and_what_was_dropped_is_run_again(lm, prompts, ran):
     sizes = [p.z.nbytes for p in store_residuals(lm, LAYER, prompts, LIMIT)]
-    monkeypatch.setattr(residual_store, "HELD_BYTES", sizes[-1] + sizes[-2])
-    store = ResidualStore(lm, LAYER, LIMIT)
+    room = sizes[-1] + sizes[-2]
+    store = ResidualStore(lm, LAYER, LIMIT, room=room)
     for prompt in prompts:
         store.of([prompt])
     assert len(ran) == len(prompts)
@@ -59,7 +59,7 @@ def test_memory_is_bounded_and_what_was_dropped_is_run_again(lm, prompts, ran, m
     store.of(prompts[:1])
     assert ran[-1] == prompts[:1]
     held = sum(stored.z.nbytes for stored in store._held.values())
-    assert held <= residual_store.HELD_BYTES
+    assert held <= room
 
 
 def test_a_folder_spares_later_runs_the_layers(lm, prompts, ran, tmp_path):

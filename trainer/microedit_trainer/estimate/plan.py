@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from microedit_trainer.contexts import Contexts, PromptTokens, rewordings
-from microedit_trainer.edit_run import EditSettings, ordinary_lines
+from microedit_trainer.edit_run import MOST_SWAPPED, EditSettings, ordinary_lines
 from microedit_trainer.estimate.edit import EditPlan, PromptCounts
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers import JointSolver, SequentialSolver
@@ -46,8 +46,9 @@ def plan_edit(
     unrelated = PromptCounts.of(rendered(lines[1::2], False))
     solver = settings.solver
     joint = isinstance(solver, JointSolver)
-    # The facts' own prompts, and with the joint solver their wordings about other subjects.
-    checked = (1 + joint) * own.tokens + others.tokens + unrelated.tokens
+    # With the joint solver the wordings of so many facts about other subjects.
+    swapped = joint * own.tokens * min(1.0, MOST_SWAPPED / len(facts))
+    checked = round(swapped) + others.tokens + unrelated.tokens
     return EditPlan(
         joint=joint,
         offload=settings.offload,
