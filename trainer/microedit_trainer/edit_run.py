@@ -62,7 +62,7 @@ class EditSettings:
         tau: fixes τ instead of calibrating it.
         near_rate: share of the near calibration prompts that may switch on: the held-out ones,
             and with the joint solver the facts' own wordings about another subject. None: 5%,
-            10% with the sequential solver.
+            10% where absolute ARD decides.
         contexts: contexts that the facts are trained in. None: all that the model has, the bare
             one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.
@@ -173,7 +173,7 @@ class EditRun:
     def near_rate(self) -> float:
         if self.settings.near_rate is not None:
             return self.settings.near_rate
-        return 0.05 if self.settings.solver.name == "joint" else 0.1
+        return 0.05 if self.settings.solver.statistic == "relative" else 0.1
 
     @property
     def context_names(self) -> tuple[ContextName, ...]:
@@ -348,8 +348,7 @@ class EditRun:
         prompts = {"held_out": [fact.prompt for fact in self.settings.hold_out]}
         if self.settings.solver.name == "joint":
             # Not for the paper's solver: it reconstructs the whole prompt, which leaves nothing to
-            # tell a fact's wording about another subject apart. Its absolute ARD also spreads over
-            # ordinary prompts, so that τ cannot stay below all of them.
+            # tell a fact's wording about another subject apart.
             prompts["swapped"] = self._swapped(facts)
         prompts["ordinary"] = ordinary_lines()[1::2]
         return {
@@ -365,11 +364,12 @@ class EditRun:
     ) -> Calibration:
         ards = {group: engine.ards(of_group).cpu() for group, of_group in prompts.items()}
         near = ("held_out", "swapped")
+        # Absolute ARD spreads over ordinary prompts, so that τ cannot stay below all of them.
         return calibrate(
             edited=engine.ards_of([prompt for fact in stored for prompt in fact]).cpu(),
             ordinary=ards["ordinary"],
             near={g: NearPrompts(ards[g], self.near_rate) for g in near if g in ards},
-            ordinary_rate=0.0 if self.settings.solver.name == "joint" else 0.05,
+            ordinary_rate=0.0 if self.settings.solver.statistic == "relative" else 0.05,
             fixed=self.settings.tau,
         )
 
