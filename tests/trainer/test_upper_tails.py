@@ -107,8 +107,8 @@ def test_the_last_layer_has_nothing_above_it_to_cache():
 def no_cache(forward):
     """A forward that takes no cache, as a recurrent model's."""
 
-    def refuses(input_ids, use_cache=False):
-        return forward(input_ids=input_ids, use_cache=False)
+    def refuses(inputs_embeds, use_cache=False):
+        return forward(inputs_embeds=inputs_embeds, use_cache=False)
 
     return refuses
 
