@@ -1,17 +1,16 @@
 """What an edit set makes of each way of asking."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
 from benchmarks.context_bench.asking import Case
 from benchmarks.wilson import wilson_interval
-from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.language_model import LanguageModel
-from microedit_trainer.stored_residuals import StoredPrompt
+from microedit_trainer.residual_store import ResidualStore
 from microedit_vllm.artifact import EditOperator
 
 
@@ -67,23 +66,15 @@ def measure(
         by set, a row for each case that has prompts.
     """
     rows: list[list[Row]] = [[] for _ in operators]
+    # The layers below the cut run once per case, whatever scores the result.
+    manifest = operators[0].edit_set.manifest
+    store = ResidualStore(lm, manifest.layer, manifest.decision.max_norm)
     for same in zip(*cases, strict=True):
-        # The layers below the cut run once per case, whatever scores the result.
-        stored: dict[tuple[tuple[int, ...], tuple[int, ...]], StoredPrompt] = {}
         for operator, case, own in zip(operators, same, rows, strict=True):
-            if not case.prompts:
-                continue
-            seen = [p for p in case.prompts if _key(p) in stored]
-            store = {p: replace(stored[_key(p)], tokens=p) for p in seen}
-            engine = TorchEngine(lm, operator, store)
-            own.append(_row(engine, case))
-            stored.update((_key(p), found) for p, found in engine.store.items())
-            progress(len(case.prompts))
+            if case.prompts:
+                own.append(_row(TorchEngine(lm, operator, store), case))
+                progress(len(case.prompts))
     return rows
-
-
-def _key(prompt: PromptTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return prompt.prompt_ids, prompt.answer_ids
 
 
 def _row(engine: TorchEngine, case: Case) -> Row:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,8 @@ HELD_BYTES = 1 << 29
 # Prompts that are computed, and written, together: what a stopped run loses.
 TOGETHER = 256
 
+# Tokens of a prompt and of its answer.
+Ids = tuple[tuple[int, ...], tuple[int, ...]]
 # Shown how many prompts are done, and of how many.
 Shown = Callable[[int, int], None]
 
@@ -42,7 +45,7 @@ class ResidualStore:
         room: int | None = HELD_BYTES,
     ) -> None:
         self._lm, self._layer, self._max_norm = lm, layer, max_norm
-        self._held: dict[PromptTokens, StoredPrompt] = {}
+        self._held: dict[Ids, StoredPrompt] = {}
         self._room = math.inf if room is None else room
         self._kept = _Folder(folder, lm, layer) if folder is not None else None
 
@@ -50,7 +53,12 @@ class ResidualStore:
         self, prompts: Sequence[PromptTokens], shown: Shown = lambda done, total: None
     ) -> list[StoredPrompt]:
         """The prompts with their residuals, in their order; equal ones are run once."""
-        found = {prompt: self._held[prompt] for prompt in prompts if prompt in self._held}
+        # z does not depend on what is scored: a prompt under another scope is known as well.
+        found = {
+            prompt: replace(self._held[_ids(prompt)], tokens=prompt)
+            for prompt in prompts
+            if _ids(prompt) in self._held
+        }
         if self._kept:
             unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
             for prompt, z in self._kept.read(unknown):
@@ -76,12 +84,16 @@ class ResidualStore:
 
     def _hold(self, prompt: PromptTokens, stored: StoredPrompt) -> None:
         """Remember a prompt; those that came first give way where there is no room."""
-        if prompt in self._held:
+        if _ids(prompt) in self._held:
             return
-        self._held[prompt] = stored.to("cpu")
+        self._held[_ids(prompt)] = stored.to("cpu")
         self._room -= stored.z.nbytes
         while self._room < 0 and self._held:
             self._room += self._held.pop(next(iter(self._held))).z.nbytes
+
+
+def _ids(prompt: PromptTokens) -> Ids:
+    return prompt.prompt_ids, prompt.answer_ids
 
 
 class _Folder:
