@@ -179,10 +179,13 @@ def test_numbers_that_no_run_can_have_are_refused(wrong):
         replace(SEQUENTIAL, **wrong)
 
 
-def test_a_second_pass_edits_again_what_was_overwritten(lm, sae, tmp_path, monkeypatch):
-    """Two facts with one prompt and other answers: each overwrites the other."""
-    facts = [FACTS[0], replace(FACTS[0], target=FACTS[1].target), FACTS[2]]
-    problem = tiny_problem(lm, sae, tmp_path, facts, ("bare",))
+@pytest.mark.parametrize(
+    ("learnt", "again"), [(1e9, []), (1e-9, [0, 1])], ids=["all hold", "none holds"]
+)
+def test_a_second_pass_edits_again_what_does_not_hold(
+    lm, sae, tmp_path, monkeypatch, learnt, again
+):
+    problem = tiny_problem(lm, sae, tmp_path, FACTS[:2], ("bare",))
     edited: list[int] = []
     edit = SequentialSolver._edit
 
@@ -192,8 +195,7 @@ def test_a_second_pass_edits_again_what_was_overwritten(lm, sae, tmp_path, monke
 
     monkeypatch.setattr(SequentialSolver, "_edit", watched)
     counted: list[int] = []
-    solver = replace(SEQUENTIAL, passes=2, steps_edit=80)
+    solver = replace(SEQUENTIAL, passes=2, steps_edit=2, learnt=learnt)
     solver.solve(problem, counted.append)
-    assert edited[:3] == [0, 1, 2]
-    assert 0 in edited[3:] and len(edited) < 6
-    assert sum(counted) == len(facts) * solver.units_per_fact(1) == 6
+    assert edited == [0, 1, *again]
+    assert sum(counted) == 2 * solver.units_per_fact(1) == 4
