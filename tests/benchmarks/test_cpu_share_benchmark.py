@@ -24,7 +24,8 @@ def environment(monkeypatch):
 def test_before_and_after_give_the_same_bits(shared):
     sae = tiny_sae()
     operator = EditOperator.build(tiny_edit_set(sae, shared=shared), sae)
-    z = torch.randn(6, sae.d_in).bfloat16()
+    # So many that the few changed latents are among the top k of some.
+    z = torch.randn(256, sae.d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = cpu_share.operators(operator)
     assert list(found) == (["topk"] if shared else ["threshold", "topk"])
     for activation, sides in found.items():
