@@ -36,8 +36,7 @@ def section(lab: Lab, plan: Plan) -> Section:
 
 
 def options(budget: int | None) -> dict[str, int]:
-    """Solver fields that keep the edit change within so many rows, the scoring change within half
-    as many; None: without a limit."""
+    """Solver fields that keep each change within so many rows; None: without a limit."""
     return {"rows_per_fact": 1, "least_rows": 1 << 30 if budget is None else budget}
 
 

@@ -80,7 +80,7 @@ def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
 
 @pytest.mark.parametrize(
     ("per_fact", "least", "scoring", "edit"),
-    [(18, 1, 24, 72), (1, 60, 30, 60)],
+    [(18, 1, 24, 72), (1, 60, 60, 60)],
     ids=["per fact", "least"],
 )
 def test_each_change_keeps_to_the_budget(problem, solution, sae, per_fact, least, scoring, edit):
@@ -194,6 +194,11 @@ def test_kept_targets_serve_another_choice_of_facts(lm, sae, tmp_path, monkeypat
 @pytest.mark.parametrize(("num_latents", "rows"), [(4608, 2000), (12_000, 3000), (18_432, 3000)])
 def test_a_narrow_decoder_gives_each_fact_fewer_rows(num_latents, rows):
     assert JointSolver().budgets(100, num_latents)["edit"] == rows
+
+
+@pytest.mark.parametrize(("facts", "most"), [(10, 0.12), (100, 0.60)])
+def test_a_set_takes_its_part_of_the_decoder_at_most(facts, most):
+    assert sum(JointSolver().budgets(facts, 4608).values()) <= most * 4608
 
 
 def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae):

@@ -35,6 +35,8 @@ from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 
 # Chosen from docs/quality.md: rows against scores.
 ROWS_PER_FACT, FEWER_ROWS_PER_FACT = 30, 20
+# With few facts the switch needs more rows for each than the answers do.
+SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT = 500, 25
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class JointSolver:
     Attributes:
         rows_per_fact: decoder rows of the edit change per fact; the scoring change has a third of
             them. None: `ROWS_PER_FACT`, or `FEWER_ROWS_PER_FACT` where the former would take more
-            than a quarter of the decoder.
-        least_rows: rows of the edit change that a small set may have in any case.
+            than a quarter of the decoder; and more to score with in small sets.
+        least_rows: rows of each change that a small set may have in any case.
         scoring: the ridge solve of the scoring change, which must not reach other prompts. Its
             high ridge makes what it learns of a fact's tokens hold in other wordings.
         edit: the ridge solve of the edit change, which acts only where the switch is on.
@@ -69,7 +71,7 @@ class JointSolver:
     """
 
     rows_per_fact: int | None = None
-    least_rows: int = 300
+    least_rows: int = 250
     scoring: RidgeSettings = RidgeSettings(ridge=1e-1, unchanged_weight=1.0)
     edit: RidgeSettings = RidgeSettings(ridge=3e-3, unchanged_weight=0.03)
     theta: float = 0.0
@@ -104,12 +106,13 @@ class JointSolver:
 
     def budgets(self, facts: int, num_latents: int) -> dict[str, int]:
         """Rows that each change may have."""
-        per_fact = self.rows_per_fact
+        per_fact, small = self.rows_per_fact, 0
         if per_fact is None:
-            is_small = ROWS_PER_FACT * facts <= num_latents // 4
-            per_fact = ROWS_PER_FACT if is_small else FEWER_ROWS_PER_FACT
+            fits = ROWS_PER_FACT * facts <= num_latents // 4
+            per_fact = ROWS_PER_FACT if fits else FEWER_ROWS_PER_FACT
+            small = min(SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT * facts)
         rows = max(self.least_rows, per_fact * facts)
-        scoring = max(self.least_rows // 2, per_fact * facts // 3)
+        scoring = max(self.least_rows, small, per_fact * facts // 3)
         return {"scoring": scoring, "edit": rows}
 
     def _all_targets(self, problem: EditProblem, progress: Progress) -> list[Tensor]:
