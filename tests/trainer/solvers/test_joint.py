@@ -216,7 +216,7 @@ def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae)
         change = operator_of(of, sae).edited(others) - others.float()
         return (change - wanted.repeat_interleave(2, 0)).square().sum()
 
-    assert error(found) < 0.6 * error(solution)
+    assert error(found) < 0.8 * error(solution)
 
 
 def test_an_earlier_solution_is_a_start_and_leaves_no_trace(lm, sae, tmp_path, monkeypatch):
