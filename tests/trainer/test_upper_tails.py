@@ -107,8 +107,8 @@ def test_the_last_layer_has_nothing_above_it_to_cache():
 def no_cache(forward):
     """A forward that takes no cache, as a recurrent model's."""
 
-    def refuses(inputs_embeds, use_cache=False):
-        return forward(inputs_embeds=inputs_embeds, use_cache=False)
+    def refuses(input_ids=None, inputs_embeds=None, use_cache=False):
+        return forward(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False)
 
     return refuses
 
