@@ -118,3 +118,11 @@ def test_tokens_that_rounding_could_turn_over_are_left_out(engine, own, monkeypa
 
 def test_no_prompts_no_golden_prompts(engine):
     assert golden_prompts(engine, [], on=True, count=3) == []
+
+
+def test_relative_ard_near_one_is_clear_nearer_to_tau_than_any_other():
+    ards = torch.tensor([1.0, 1.0, 0.2, 2.0])
+    clear = ards >= torch.tensor([0.97, 0.99, 0.5, 1.9]) * (1 + module._unclear(ards, True))
+    assert clear.tolist() == [True, False, False, False]
+    assert module._unclear(ards, True)[2] == pytest.approx(0.14)
+    assert module._unclear(ards, False).tolist() == pytest.approx([module.CLEAR_DECISION] * 4)
