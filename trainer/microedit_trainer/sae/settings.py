@@ -13,7 +13,8 @@ class SaeSettings:
     Attributes:
         layer: decoder layer whose output is trained on, from 0.
         width: latents n; k: latents kept per token.
-        text: sources (see `text_sources`); "self" stands for text sampled from the model.
+        text: sources (see `text_sources`), "questions" among them; "self" stands for text sampled
+            from the model.
         tokens: tokens to collect, sampled ones included.
         steps: optimiser steps; 0 takes `default_steps`.
         batch: tokens per step; lr: Adam's peak rate.
