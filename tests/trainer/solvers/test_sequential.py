@@ -15,6 +15,12 @@ def problem(lm, sae, tmp_path_factory):
     return tiny_problem(lm, sae, tmp_path_factory.mktemp("one"), FACTS[:1], ("bare",))
 
 
+@pytest.fixture(scope="module")
+def two(lm, sae, tmp_path_factory):
+    """Two facts, bare."""
+    return tiny_problem(lm, sae, tmp_path_factory.mktemp("two"), FACTS[:2], ("bare",))
+
+
 @pytest.fixture
 def solve(problem, tmp_path_factory):
     """Solve a problem in a fresh work folder: the whole decoder, and the rows that changed."""
@@ -173,7 +179,9 @@ def test_the_solution_is_the_papers_form(problem, tmp_path):
     assert solution.theta is None
 
 
-@pytest.mark.parametrize("wrong", [{"passes": 0}, {"lr": 0.0}, {"alpha": float("inf")}])
+@pytest.mark.parametrize(
+    "wrong", [{"passes": 0}, {"rows_per_fact": 0}, {"lr": 0.0}, {"alpha": float("inf")}]
+)
 def test_numbers_that_no_run_can_have_are_refused(wrong):
     with pytest.raises(MicroEditError, match=next(iter(wrong))):
         replace(SEQUENTIAL, **wrong)
@@ -189,7 +197,8 @@ def test_a_second_pass_edits_again_what_does_not_hold(
     edited: list[int] = []
     edit = SequentialSolver._edit
 
-    def watched(self, of, prompt, W_dec):
+    def watched(self, of, prompt, W_dec, allowed):
+        assert allowed is None
         edited.append([fact[0] for fact in of.facts].index(prompt))
         return edit(self, of, prompt, W_dec)
 
@@ -199,3 +208,60 @@ def test_a_second_pass_edits_again_what_does_not_hold(
     solver.solve(problem, counted.append)
     assert edited == [0, 1, *again]
     assert sum(counted) == 2 * solver.units_per_fact(1) == 4
+
+
+class TestRowBudget:
+    BUDGET = replace(SEQUENTIAL, rows_per_fact=12, steps_rec=4, steps_edit=12)
+
+    def test_no_more_rows_change_than_the_budget_has(self, two, solve):
+        _, all_rows = solve(replace(self.BUDGET, rows_per_fact=None), two)
+        _, rows = solve(self.BUDGET, two)
+        assert len(rows) == 24 < len(all_rows)
+        assert set(rows.tolist()) < set(all_rows.tolist())
+
+    def test_what_the_others_did_is_carried_over(self, two, solve):
+        """Before the last pass ẑ is nearer to what all rows gave than with the others left out."""
+        all_rows, _ = solve(replace(self.BUDGET, rows_per_fact=None), two)
+        # Everything holds, so that the last pass edits nothing.
+        few, rows = solve(replace(self.BUDGET, learnt=1e9), two)
+        trained, _ = solve(replace(self.BUDGET, learnt=1e9, rows_per_fact=None), two)
+        z = torch.cat([prompt.z[prompt.scored] for fact in two.facts for prompt in fact])
+        codes = dense_codes(two.sae, z)
+        left_out = two.sae.W_dec.clone()
+        left_out[rows] = trained[rows]
+        carried = (codes @ (few - trained)).norm()
+        assert carried < 0.9 * (codes @ (left_out - trained)).norm()
+        assert not torch.equal(all_rows, trained)
+
+    def test_a_pass_on_the_kept_rows_learns_again_what_was_lost(self, two, solve, monkeypatch):
+        turns = []
+        edit = SequentialSolver._edit
+
+        def watched(self, of, prompt, W_dec, allowed):
+            turns.append(None if allowed is None else int(allowed.sum()))
+            return edit(self, of, prompt, W_dec, allowed)
+
+        monkeypatch.setattr(SequentialSolver, "_edit", watched)
+        solver = replace(self.BUDGET, learnt=1e-9)
+        solve(solver, two)
+        assert turns == [None, None, 24, 24]
+        assert solver.units_per_fact(1) == 2
+
+    @pytest.mark.parametrize("stopped_behind", [1, 2, 3])
+    def test_a_stopped_run_goes_on_to_the_same_rows(self, two, tmp_path, stopped_behind):
+        solver = replace(self.BUDGET, learnt=1e-9, checkpoint_every=1)
+        whole = solver.solve(replace(two, work_folder=tmp_path / "whole"), no_progress)
+        done = 0
+
+        def stop(count: int) -> None:
+            nonlocal done
+            done += count
+            if done > stopped_behind:
+                raise KeyboardInterrupt
+
+        stopped = replace(two, work_folder=tmp_path / "stopped")
+        with pytest.raises(KeyboardInterrupt):
+            solver.solve(stopped, stop)
+        resumed = solver.solve(stopped, no_progress)
+        assert torch.equal(resumed.edit.indices, whole.edit.indices)
+        torch.testing.assert_close(resumed.edit.values, whole.edit.values)

@@ -96,8 +96,9 @@ def edit(
         int | None,
         typer.Option(
             min=1,
-            help="joint: decoder rows of the edit change per fact; the scoring change has a third "
-            "of them. Default: 30, or 20 where that would take more than a quarter of the decoder.",
+            help="Decoder rows per fact. joint: of the edit change, the scoring change has a third "
+            "of them; default 30, or 20 where that would take more than a quarter of the decoder. "
+            "sequential: of its one change; default: all that the facts activate.",
         ),
     ] = None,
     reworded_weight: Annotated[
@@ -180,6 +181,7 @@ def edit(
             alpha=float(distance),
             position=position.value,
             passes=passes,
+            rows_per_fact=rows_per_fact,
             statistic=statistic.value,
             **given,
         )

@@ -27,10 +27,11 @@ from microedit_trainer.solvers.sparse_codes import (
     Encode,
     Term,
     Unexplained,
+    dense_codes,
 )
 from microedit_trainer.solvers.targets import TargetSettings
 from microedit_trainer.stored_residuals import StoredPrompt
-from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
+from microedit_vllm.artifact import DecoderChange
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 
 # Measured at T = 100, n = 18,432: Gen with the switch forced on 0.894 with 20, 0.921 with 30.
@@ -142,7 +143,7 @@ class JointSolver:
         shared = torch.cat([p.z[p.shared] for p in prompts])
 
         def encode(part: Tensor) -> Tensor:
-            return _dense(*sae.encode(part), sae)
+            return dense_codes(*sae.encode(part), sae.num_latents)
 
         terms = [
             Term(own, Unexplained(sae.W_dec, sae.b_dec), 1.0),
@@ -217,8 +218,3 @@ def _prompts(problem: EditProblem) -> list[StoredPrompt]:
     """Every prompt of every fact, grouped by context so that batches are of like lengths."""
     contexts = max(len(fact) for fact in problem.facts)
     return [fact[c] for c in range(contexts) for fact in problem.facts if c < len(fact)]
-
-
-def _dense(top_acts: Tensor, top_indices: Tensor, sae: SparseAutoencoder) -> Tensor:
-    codes = top_acts.new_zeros(len(top_acts), sae.num_latents)
-    return codes.scatter_(1, top_indices, top_acts)

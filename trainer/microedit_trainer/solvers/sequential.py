@@ -14,6 +14,7 @@ from torch import Tensor
 
 from microedit_kernels.sparse_decode import decode, squared_distance
 from microedit_trainer.language_model import Progress
+from microedit_trainer.solvers.fewer_rows import carry_over
 from microedit_trainer.solvers.problem import EditProblem, Solution
 from microedit_trainer.solvers.resume import read_checkpoint, write_checkpoint
 from microedit_trainer.stored_residuals import StoredPrompt
@@ -38,6 +39,9 @@ class SequentialSolver:
     position: where ẑ goes: every token of prompt and answer (the paper) or from the decision on.
     passes: how often it goes over the facts (the paper: once). From the second time on, only those
         that a later fact has overwritten are edited again.
+    rows_per_fact: decoder rows per fact; None: all that the facts activate (the paper). What the
+        others did is carried over to the strongest ones, and one more pass edits again what that
+        has lost, on those rows alone.
     statistic: what decides: ARD as in the paper, or relative to the unedited decoder's.
     checkpoint_every: facts between two checkpoints.
     """
@@ -49,20 +53,23 @@ class SequentialSolver:
     learnt: float = 0.05
     position: Literal["decision", "sequence"] = "decision"
     passes: int = 1
+    rows_per_fact: int | None = None
     statistic: Literal["absolute", "relative"] = "absolute"
     checkpoint_every: int = 10
     name: Literal["sequential"] = "sequential"
 
     def __post_init__(self) -> None:
         """Raises MicroEditError: numbers that no run can have."""
-        if self.passes < 1:
-            raise MicroEditError(f"passes is {self.passes}; it must be at least 1")
+        for name in ("passes", "rows_per_fact"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MicroEditError(f"{name} is {value}; it must be at least 1")
         for name in ("alpha", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
 
     def units_per_fact(self, contexts: int) -> int:
-        return self.passes
+        return self.passes + (self.rows_per_fact is not None)
 
     @property
     def holds_ordinary(self) -> bool:
@@ -85,13 +92,19 @@ class SequentialSolver:
         done = self._restore(problem, W_dec, changed)
         progress(done)
         facts = problem.facts
-        for turn in range(done, self.passes * len(facts)):
+        allowed = None
+        for turn in range(done, self.units_per_fact(1) * len(facts)):
+            if turn >= self.passes * len(facts) and allowed is None:
+                if turn == self.passes * len(facts):
+                    self._keep_strongest(problem, W_dec, changed)
+                allowed = changed.clone()
             for prompt in facts[turn % len(facts)]:
                 if turn >= len(facts) and self._holds(problem, prompt, W_dec):
                     continue
-                rows, values = self._edit(problem, prompt, W_dec)
+                rows, values = self._edit(problem, prompt, W_dec, allowed)
                 W_dec[rows] = values
-                changed[rows] = True
+                if allowed is None:
+                    changed[rows] = True
             if (turn + 1) % self.checkpoint_every == 0:
                 self._save(problem, W_dec, changed, turn + 1)
             progress(1)
@@ -104,6 +117,24 @@ class SequentialSolver:
         change = DecoderChange(rows.cpu(), torch.cat(parts))
         return Solution(change, change, "replace", "topk", None, {})
 
+    def _keep_strongest(self, problem: EditProblem, W_dec: Tensor, changed: Tensor) -> None:
+        """Carry the change over to as many rows as the budget has, in place."""
+        budget = (self.rows_per_fact or 0) * len(problem.facts)
+        if int(changed.sum()) <= budget:
+            return
+        prompts = [prompt for fact in problem.facts for prompt in fact]
+        z = torch.cat([p.z[self._scored(p) | self._substituted(p)] for p in prompts])
+
+        def watch(share: float, note: str) -> None:
+            problem.stages("fewer rows", share, note)
+
+        rows, change = carry_over(problem.sae, W_dec, z, budget, watch)
+        W_dec.copy_(problem.sae.W_dec)
+        W_dec[rows] += change
+        changed.zero_()
+        changed[rows] = True
+        watch(1.0, f"{len(rows)} rows")
+
     @torch.no_grad()
     def _holds(self, problem: EditProblem, prompt: StoredPrompt, W_dec: Tensor) -> bool:
         """Whether an earlier edit still gives its answer."""
@@ -114,17 +145,25 @@ class SequentialSolver:
         return float(loss) < FORGOTTEN * self.learnt
 
     def _edit(
-        self, problem: EditProblem, prompt: StoredPrompt, W_dec: Tensor
+        self,
+        problem: EditProblem,
+        prompt: StoredPrompt,
+        W_dec: Tensor,
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Train one prompt's rows: indices [u] and their new values [u, d]."""
+        """Train one prompt's rows: indices [u] and their new values [u, d].
+
+        Args:
+            allowed: [n] bool, the rows that may change; None: all.
+        """
         sae, z = problem.sae, prompt.z.float()
-        substituted = self._substituted(prompt)
-        scored = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        scored[prompt.scored.to(z.device)] = True
+        substituted, scored = self._substituted(prompt), self._scored(prompt)
         where = (scored | substituted).nonzero()[:, 0]
         top_acts, top_indices = sae.encode(z[where])
         rows, local = top_indices.unique(return_inverse=True)
         values = W_dec[rows].clone().requires_grad_(True)
+        if allowed is not None:
+            values.register_hook(lambda gradient: gradient * allowed[rows, None])
         optimizer = torch.optim.Adam([values], lr=self.lr)
         is_scored = scored[where]
 
@@ -151,6 +190,11 @@ class SequentialSolver:
         z = prompt.z.index_put((where,), z_hat.to(prompt.z.dtype))
         hidden = problem.lm.upper(z[None], problem.layer)[0, prompt.edited]
         return F.cross_entropy(problem.lm.logits(hidden), prompt.answer_with_end.to(z.device))
+
+    def _scored(self, prompt: StoredPrompt) -> Tensor:
+        mask = torch.zeros(len(prompt.z), dtype=torch.bool, device=prompt.z.device)
+        mask[prompt.scored.to(mask.device)] = True
+        return mask
 
     def _substituted(self, prompt: StoredPrompt) -> Tensor:
         mask = torch.zeros(len(prompt.z), dtype=torch.bool, device=prompt.z.device)

@@ -251,6 +251,12 @@ class CodedTerms:
         return found
 
 
+def dense_codes(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Tensor:
+    """Top-k codes [N, k] as a matrix [N, n]."""
+    codes = top_acts.new_zeros(len(top_acts), num_latents)
+    return codes.scatter_(1, top_indices, top_acts)
+
+
 def tokens_at_once(num_latents: int) -> int:
     """How many tokens may have their dense codes in memory."""
     return max(1, PIECE_BYTES // (4 * num_latents))
