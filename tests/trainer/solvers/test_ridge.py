@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from microedit_trainer.solvers import conjugate_gradients as cg
 from microedit_trainer.solvers import ridge, sparse_codes
 from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
-from microedit_trainer.solvers.ridge import IterativeSystem, ridge_system, strongest_rows
+from microedit_trainer.solvers.ridge import (
+    IterativeSystem,
+    RefinedSystem,
+    ridge_system,
+    strongest_rows,
+)
 from microedit_trainer.solvers.sparse_codes import CodedTerms, Term, Unexplained
 from microedit_vllm.errors import MicroEditError
 
 D = 3
-WAYS = (RowSystem, TokenSystem, IterativeSystem)
+WAYS = (RowSystem, TokenSystem, RefinedSystem, IterativeSystem)
 
 
 def unwatched(share: float, note: str) -> None:
@@ -175,8 +180,9 @@ def chosen(tokens, rows, nonzeros, is_warm=False):
         (600, 4_000, 1_000, TokenSystem),
         (80_000, 4_608, 1_200, RowSystem),
         (280_000, 4_608, 64, IterativeSystem),
-        # Dense codes of many rows: no normal equations of 2.5 GiB.
-        (80_000, 18_432, 3_000, IterativeSystem),
+        # Dense codes of many rows: normal equations of 2.5 GiB in fp64.
+        (80_000, 18_432, 3_000, RefinedSystem),
+        (80_000, 24_576, 4_000, IterativeSystem),
         (7_000, 131_072, 192, IterativeSystem),
     ],
 )
@@ -196,8 +202,8 @@ def iterative(rows=30, tokens=60, d=4, seed=0, spread=1.0):
 
 def test_a_block_takes_far_fewer_steps_than_its_columns_alone():
     product, right, diagonal, wanted = iterative(rows=60, tokens=70, d=12)
-    together = cg.conjugate_gradients(product, right, diagonal, 0.1)
-    alone = cg.conjugate_gradients(product, right[:, :1], diagonal, 0.1)
+    together = cg.conjugate_gradients(product, right, cg.Jacobi(diagonal + 0.1), 0.1)
+    alone = cg.conjugate_gradients(product, right[:, :1], cg.Jacobi(diagonal + 0.1), 0.1)
     close(together.solution, wanted)
     close(alone.solution, wanted[:, :1])
     assert together.steps <= 12 < alone.steps / 2
@@ -213,24 +219,26 @@ def test_columns_are_cut_into_blocks_that_fit(monkeypatch):
         return product(panel)
 
     monkeypatch.setattr(cg, "PANELS_BYTES", 3 * 4 * cg.PANELS * 30)
-    close(cg.conjugate_gradients(watched, right, diagonal, 0.1).solution, wanted)
+    close(cg.conjugate_gradients(watched, right, cg.Jacobi(diagonal + 0.1), 0.1).solution, wanted)
     assert set(widths) == {3, 1}
 
 
 def test_columns_that_depend_on_each_other_do_no_harm():
     product, right, diagonal, wanted = iterative()
     again = torch.cat([right, right, torch.zeros_like(right)], dim=1)
-    found = cg.conjugate_gradients(product, again, diagonal, 0.1).solution
+    found = cg.conjugate_gradients(product, again, cg.Jacobi(diagonal + 0.1), 0.1).solution
     close(found, torch.cat([wanted, wanted, torch.zeros_like(wanted)], dim=1))
 
 
 def test_a_start_near_the_solution_saves_steps_and_a_far_one_is_not_taken():
     product, right, diagonal, wanted = iterative(rows=80, tokens=90, d=2)
-    cold = cg.conjugate_gradients(product, right, diagonal, 0.1)
+    cold = cg.conjugate_gradients(product, right, cg.Jacobi(diagonal + 0.1), 0.1)
     near = wanted * (1 + 1e-3 * torch.randn_like(wanted))
-    warm = cg.conjugate_gradients(product, right, diagonal, 0.1, near)
-    there = cg.conjugate_gradients(product, right, diagonal, 0.1, cold.solution)
-    far = cg.conjugate_gradients(product, right, diagonal, 0.1, 1e3 * torch.ones_like(wanted))
+    warm = cg.conjugate_gradients(product, right, cg.Jacobi(diagonal + 0.1), 0.1, near)
+    there = cg.conjugate_gradients(product, right, cg.Jacobi(diagonal + 0.1), 0.1, cold.solution)
+    far = cg.conjugate_gradients(
+        product, right, cg.Jacobi(diagonal + 0.1), 0.1, 1e3 * torch.ones_like(wanted)
+    )
     for found in (warm, there, far):
         close(found.solution, wanted)
     assert there.steps == 0 < warm.steps < cold.steps
@@ -241,7 +249,11 @@ def test_steps_are_shown_with_their_residual():
     product, right, diagonal, _ = iterative()
     shown = []
     cg.conjugate_gradients(
-        product, right, diagonal, 0.1, watch=lambda share, note: shown.append((share, note))
+        product,
+        right,
+        cg.Jacobi(diagonal + 0.1),
+        0.1,
+        watch=lambda share, note: shown.append((share, note)),
     )
     shares = [share for share, _ in shown]
     assert shares == sorted(shares) and shares[-1] == 1.0
@@ -254,6 +266,27 @@ def test_a_system_that_rounding_spoils_is_refused():
     system.right[0] = torch.nan
     with pytest.raises(MicroEditError, match=r"relative residual of .*; raise the solver.s ridge"):
         system.solve(0.1)
+
+
+def test_a_factor_that_rounding_spoils_is_taken_of_a_little_more():
+    gram = torch.tensor([[1.0, 9.0], [1.0, 1.0 - 1e-6]])  # the upper half is not read
+    lower = ridge._factor(gram, None, 1e-7)
+    found = lower.tril() @ lower.tril().T
+    torch.testing.assert_close(found, torch.ones(2, 2), rtol=0, atol=1e-4)
+    assert gram[0, 1] == 9
+    with pytest.raises(MicroEditError, match="cannot be factored"):
+        ridge._factor(torch.full((2, 2), torch.nan), None, 1.0)
+
+
+def test_a_factor_far_off_costs_steps_alone():
+    product, right, _, wanted = iterative(rows=60, tokens=70, d=2)
+    gram = product(torch.eye(60)) + 0.1 * torch.eye(60)
+    near = cg.Factor(torch.linalg.cholesky(gram))
+    far = cg.Factor(torch.linalg.cholesky(gram * 3 + 50 * torch.eye(60)))
+    found = [cg.conjugate_gradients(product, right, which, 0.1) for which in (near, far)]
+    for each in found:
+        close(each.solution, wanted)
+    assert found[0].steps <= 2 < found[1].steps
 
 
 def test_the_rows_that_do_the_work_are_kept_in_order():

@@ -16,6 +16,7 @@ from microedit_trainer.solvers.ridge import (
     GATHER_COST,
     LEAST_STEPS,
     PANEL_PRODUCTS,
+    REFINING_STEPS,
     STEPS_PER_BLOCK,
 )
 from microedit_trainer.solvers.sparse_codes import BYTES_PER_CODE, CODES_BYTES, PIECE_BYTES
@@ -130,7 +131,9 @@ def ridge_bytes(tokens: int, rows: int, d: int) -> int:
     dense = (8 * tokens * (2 * tokens + rows + d), 8 * rows * (2 * rows + d))
     iterative = min(CODES_BYTES, BYTES_PER_CODE * tokens * rows)
     iterative += min(PANELS_BYTES, PANELS * rows * d * 4)
-    system = max([iterative, *(size for size in dense if size <= DENSE_BYTES)])
+    half = 4 * rows * (2 * rows + d)
+    refined = half + iterative if half <= DENSE_BYTES else 0
+    system = max([iterative, refined, *(size for size in dense if size <= DENSE_BYTES)])
     # Right side, start, solution, and what is kept of it.
     return system + 4 * rows * d * 4
 
@@ -224,7 +227,11 @@ def _ridge_operations(tokens: int, codes: int, rows: int, d: int) -> float:
     """Operations of one change, solved on all rows and on the kept ones, by the quickest way that
     its memory allows (`solvers.ridge`)."""
     steps = LEAST_STEPS + STEPS_PER_BLOCK * rows / d
-    ways = [steps * d * (GATHER_COST * 2 * codes + PANEL_PRODUCTS * rows * d)]
+    step = d * (GATHER_COST * 2 * codes + PANEL_PRODUCTS * rows * d)
+    ways = [steps * step]
+    if 4 * rows * (2 * rows + d) <= DENSE_BYTES:
+        refining = REFINING_STEPS * (step + d * rows**2)
+        ways.append(rows**2 * (tokens / 2 + rows / 6) + refining)
     if 8 * tokens * (2 * tokens + rows + d) <= DENSE_BYTES:
         ways.append(FP64_COST * tokens**2 * (rows + tokens / 6))
     if 8 * rows * (2 * rows + d) <= DENSE_BYTES:

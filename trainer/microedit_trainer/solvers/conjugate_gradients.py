@@ -11,6 +11,7 @@ Panels are [c, b] fp32, the small matrices [b, b] fp64.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,38 +39,81 @@ class Found:
     steps: int
 
 
+class Preconditioner(Protocol):
+    """S with S·Sᵀ near (A + ridge)⁻¹: Sᵀ·(A + ridge)·S is solved for S⁻¹·X instead."""
+
+    def apply(self, panel: Tensor) -> Tensor:
+        """S·panel, [c, b] → [c, b]."""
+
+    def apply_transposed(self, panel: Tensor) -> Tensor:
+        """Sᵀ·panel."""
+
+    def undo(self, panel: Tensor) -> Tensor:
+        """S⁻¹·panel."""
+
+
+class Jacobi:
+    """Jacobi's: from the diagonal of A + ridge, [c] fp32."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        self._scale = diagonal.rsqrt()[:, None]
+
+    def apply(self, panel: Tensor) -> Tensor:
+        return self._scale * panel
+
+    apply_transposed = apply
+
+    def undo(self, panel: Tensor) -> Tensor:
+        return panel / self._scale
+
+
+class Factor:
+    """From a Cholesky factor L [c, c], lower, of something near A + ridge: S is L⁻ᵀ."""
+
+    def __init__(self, lower: Tensor) -> None:
+        self._lower = lower
+
+    def apply(self, panel: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self._lower.T, panel, upper=True)
+
+    def apply_transposed(self, panel: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self._lower, panel, upper=False)
+
+    def undo(self, panel: Tensor) -> Tensor:
+        return self._lower.T @ panel
+
+
 def conjugate_gradients(
     product: Product,
     right: Tensor,
-    diagonal: Tensor,
+    preconditioner: Preconditioner,
     ridge: float,
     start: Tensor | None = None,
     watch: Watch = lambda share, note: None,
     tolerance: float = TOLERANCE,
 ) -> Found:
-    """Solve with Jacobi's preconditioner, as many columns together as `PANELS_BYTES` allow.
+    """Solve as many columns together as `PANELS_BYTES` allow.
 
     Args:
         product: by the positive semi-definite A.
         right: B [c, d] fp32.
-        diagonal: of A, [c] fp32.
         start: where X starts, [c, d]; 0 where it is None.
-        tolerance: of the residual, scaled as the preconditioner does and relative to B's.
+        tolerance: of the residual, as the preconditioner has it and relative to B's.
     """
     size = max(1, min(right.shape[1], PANELS_BYTES // (4 * PANELS * max(1, len(right)))))
-    scale = (diagonal + ridge).rsqrt()[:, None]
 
-    def scaled(panel: Tensor) -> Tensor:
-        panel = scale * panel
-        return scale * (product(panel) + ridge * panel)
+    def preconditioned(panel: Tensor) -> Tensor:
+        panel = preconditioner.apply(panel)
+        return preconditioner.apply_transposed(product(panel) + ridge * panel)
 
     solution = torch.empty_like(right)
     worst, steps = 0.0, 0
     for first in range(0, right.shape[1], size):
         some = slice(first, first + size)
-        block = _Block(scaled, scale * right[:, some], tolerance, steps, watch)
-        block.solve(None if start is None else start[:, some] / scale)
-        solution[:, some] = scale * block.solution
+        own = preconditioner.apply_transposed(right[:, some])
+        block = _Block(preconditioned, own, tolerance, steps, watch)
+        block.solve(None if start is None else preconditioner.undo(start[:, some]))
+        solution[:, some] = preconditioner.apply(block.solution)
         worst, steps = max(worst, block.left), block.steps
     return Found(solution, worst, steps)
 

@@ -30,9 +30,7 @@ class RowSystem:
             watch(done, f"normal equations of {count} rows")
             own = codes.double()
             right.addmm_(own.T, wanted.double())
-            for first in range(0, count, BLOCK):
-                some = slice(first, first + BLOCK)
-                gram[first:, some].addmm_(own[:, first:].T, own[:, some])
+            add_gram(gram, own)
         return cls(gram, right)
 
     def solve(
@@ -69,6 +67,13 @@ class TokenSystem:
         if codes.shape[1] <= len(codes):
             return _solve(codes.T @ codes, codes.T @ self.wanted, ridge).float()
         return (codes.T @ _solve(codes @ codes.T, self.wanted, ridge)).float()
+
+
+def add_gram(gram: Tensor, codes: Tensor) -> None:
+    """gram [c, c] += KᵀK of codes K [N, c], in place and no more than its lower half and a bit."""
+    for first in range(0, len(gram), BLOCK):
+        some = slice(first, first + BLOCK)
+        gram[first:, some].addmm_(codes[:, first:].T, codes[:, some])
 
 
 def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weighted ridge regression for decoder rows, codes fixed: which of three ways solves it.
+"""Weighted ridge regression for decoder rows, codes fixed: which of four ways solves it.
 
     min_D Σ w·‖H·D − R‖² + ridge·‖D‖²
 
@@ -6,6 +6,7 @@
 |---|---|---|
 | tokens, Cholesky | fewer tokens than rows | 8·N·(2·N + c + d) bytes, at most `DENSE_BYTES` |
 | rows, Cholesky | few rows, or codes that are not sparse | 8·c·(2·c + d), at most `DENSE_BYTES` |
+| rows, Cholesky in fp32, refined | more such rows | half of that, and as the next |
 | rows, block conjugate gradients | the rest | `CODES_BYTES` + `PANELS_BYTES` |
 """
 
@@ -13,10 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from microedit_trainer.solvers.conjugate_gradients import conjugate_gradients
-from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
+from microedit_trainer.solvers.conjugate_gradients import (
+    Factor,
+    Jacobi,
+    Preconditioner,
+    conjugate_gradients,
+)
+from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem, add_gram
 from microedit_trainer.solvers.sparse_codes import CodedTerms, Watch
 from microedit_vllm.errors import MicroEditError
 
@@ -26,10 +33,14 @@ DENSE_BYTES = 3 << 30
 FP64_COST, GATHER_COST = 2.0, 3.0
 # Steps of conjugate gradients: with an earlier solution to start from, else by c/d.
 WARM_STEPS, LEAST_STEPS, STEPS_PER_BLOCK = 7, 4, 1.0
+# Steps that bring back the digits which a factor in fp32 lacks.
+REFINING_STEPS = 4
 # What else a step takes: so many products of [c, d] by [d, d].
 PANEL_PRODUCTS = 10
 # Multiply-adds that take some seconds.
 QUICK = 3e11
+# How often a factor is tried for, each time with more on the diagonal.
+MOST_TRIES = 10
 # With more than that left the equations are not solved.
 MOST_RESIDUAL = 1e-2
 
@@ -73,22 +84,93 @@ class IterativeSystem:
         Raises:
             MicroEditError: rounding leaves no solution.
         """
-        right, diagonal, product = self.right, self.diagonal, self.coded.gram_product
-        if kept is not None:
-            right, diagonal = right[kept], diagonal[kept]
+        diagonal = self.diagonal if kept is None else self.diagonal[kept]
+        near = Jacobi(diagonal + ridge)
+        return _iterate(self.coded, self.right, near, ridge, kept, start, self.watch)
 
-            def product(change: Tensor) -> Tensor:
-                whole = change.new_zeros(len(self.right), change.shape[1])
-                whole[kept] = change
-                return self.coded.gram_product(whole)[kept]
 
-        found = conjugate_gradients(product, right, diagonal, ridge, start, self.watch)
-        if not found.residual <= MOST_RESIDUAL:
-            raise MicroEditError(
-                f"the ridge regression ended with a relative residual of {found.residual:.1e}; "
-                "raise the solver's ridge"
-            )
-        return found.solution
+@dataclass(frozen=True)
+class RefinedSystem:
+    """Normal equations that are factored in fp32; conjugate gradients bring back the digits that
+    this loses, in a few steps.
+
+    Attributes:
+        gram: Σ w·KᵀK [c, c], its lower half; right: Σ w·KᵀR [c, d]; both fp32.
+    """
+
+    coded: CodedTerms
+    gram: Tensor
+    right: Tensor
+    watch: Watch
+
+    @classmethod
+    def of(cls, coded: CodedTerms, watch: Watch) -> "RefinedSystem":
+        count = len(coded.rows)
+        gram = torch.zeros(count, count, device=coded.device)
+        right = torch.zeros(count, coded.width, device=coded.device)
+        for done, codes, wanted in coded.dense():
+            watch(done, f"normal equations of {count} rows")
+            right.addmm_(codes.T, wanted)
+            add_gram(gram, codes)
+        return cls(coded, gram, right, watch)
+
+    def solve(
+        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """See `System.solve`.
+
+        Raises:
+            MicroEditError: rounding leaves no solution.
+        """
+        near = Factor(_factor(self.gram, kept, ridge))
+        return _iterate(self.coded, self.right, near, ridge, kept, start, self.watch)
+
+
+def _factor(gram: Tensor, kept: Tensor | None, ridge: float) -> Tensor:
+    """Cholesky factor of gram + ridge, or of + as much more as rounding makes necessary, of all
+    rows or the kept ones; of `gram` only the lower half is read.
+
+    Raises:
+        MicroEditError: no factor, since some numbers are none.
+    """
+    more = ridge
+    for _ in range(MOST_TRIES):
+        lower = gram.clone() if kept is None else gram[kept][:, kept]
+        lower.diagonal().add_(more)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not int(failed):
+            return lower
+        more *= 4
+    raise MicroEditError("the ridge regression cannot be factored; raise the solver's ridge")
+
+
+def _iterate(
+    coded: CodedTerms,
+    right: Tensor,
+    near: Preconditioner,
+    ridge: float,
+    kept: Tensor | None,
+    start: Tensor | None,
+    watch: Watch,
+) -> Tensor:
+    """Conjugate gradients with products by the codes, over all rows or the kept ones."""
+    product = coded.gram_product
+    if kept is not None:
+        right = right[kept]
+
+        def product(change: Tensor) -> Tensor:
+            whole = change.new_zeros(len(coded.rows), change.shape[1])
+            whole[kept] = change
+            return coded.gram_product(whole)[kept]
+
+    found = conjugate_gradients(product, right, near, ridge, start, watch)
+    if not found.residual <= MOST_RESIDUAL:
+        raise MicroEditError(
+            f"the ridge regression ended with a relative residual of {found.residual:.1e}; "
+            "raise the solver's ridge"
+        )
+    return found.solution
 
 
 def is_quick(coded: CodedTerms) -> bool:
@@ -115,6 +197,9 @@ def _costs(coded: CodedTerms, is_warm: bool) -> dict[Callable[[CodedTerms, Watch
     product = GATHER_COST * 2 * coded.nonzeros if coded.is_kept else 3.0 * tokens * rows
     step = width * (product + PANEL_PRODUCTS * rows * width)
     costs: dict[Callable[[CodedTerms, Watch], System], float] = {IterativeSystem.of: steps * step}
+    if 4 * rows * (2 * rows + width) <= DENSE_BYTES:
+        refining = REFINING_STEPS * (step + width * rows**2)
+        costs[RefinedSystem.of] = rows**2 * (tokens / 2 + rows / 6) + refining
     if 8 * tokens * (2 * tokens + rows + width) <= DENSE_BYTES:
         costs[TokenSystem.of] = FP64_COST * tokens**2 * (rows + tokens / 6)
     if 8 * rows * (2 * rows + width) <= DENSE_BYTES:
