@@ -108,3 +108,24 @@ def test_a_damaged_file_counts_as_none(lm, prompts, ran, tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     assert same(ResidualStore(lm, LAYER, LIMIT, tmp_path).of(prompts[:2]), wanted)
     assert len(ran) == 2
+
+
+class TestDecisions:
+    """z at the decision position alone."""
+
+    def test_they_are_the_prompts_own_in_their_order(self, lm, prompts):
+        wanted = [p.z[p.tokens.edit_from] for p in store_residuals(lm, LAYER, prompts, LIMIT)]
+        found = ResidualStore(lm, LAYER, LIMIT).decisions_of([*prompts, prompts[0]])
+        torch.testing.assert_close(found, torch.stack([*wanted, wanted[0]]), atol=1e-4, rtol=0)
+
+    def test_a_folder_keeps_them_apart_from_whole_prompts(self, lm, prompts, tmp_path, monkeypatch):
+        ResidualStore(lm, LAYER, LIMIT, tmp_path).of(prompts[:3])
+        first = ResidualStore(lm, LAYER, LIMIT, tmp_path).decisions_of(prompts[:3])
+        assert len(list(tmp_path.glob("decisions-*"))) == len(list(tmp_path.iterdir())) - 1 == 1
+        shown = []
+        monkeypatch.setattr(residual_store, "decision_residuals", None)  # nothing is run
+        again = ResidualStore(lm, LAYER, LIMIT, tmp_path).decisions_of(
+            prompts[:3], lambda done, total: shown.append((done, total))
+        )
+        assert torch.equal(again, first)
+        assert shown == [(3, 3)]

@@ -26,7 +26,7 @@ from microedit_trainer.residual_store import HELD_BYTES, ResidualStore
 from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
 from microedit_trainer.solvers.problem import Stages, no_stages
 from microedit_trainer.solvers.resume import open_work_folder
-from microedit_trainer.stored_residuals import StoredPrompt, decision_residuals
+from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import (
     Decision,
     EditOperator,
@@ -213,10 +213,10 @@ class EditRun:
         ]
         flat = [prompt for others in rendered for prompt in others]
 
-        def shown(done: int) -> None:
-            stages("other words", done / len(flat), f"{len(flat)} prompts")
+        def shown(done: int, total: int) -> None:
+            stages("other words", done / total, f"{total} prompts")
 
-        found = decision_residuals(self.lm, self.layer, flat, shown)
+        found = self._residuals.decisions_of(flat, shown)
         return list(found.split([len(others) for others in rendered]))
 
     def _sink_norm(self) -> float:

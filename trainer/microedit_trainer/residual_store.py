@@ -3,17 +3,22 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers.resume import write_checkpoint
-from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
+from microedit_trainer.stored_residuals import (
+    StoredPrompt,
+    decision_residuals,
+    store_residuals,
+)
 from microedit_vllm.artifact import fingerprint_model
 
 # What may be held for prompts that come again: some 10,000 short ones of a small model.
@@ -47,7 +52,11 @@ class ResidualStore:
         self._lm, self._layer, self._max_norm = lm, layer, max_norm
         self._held: dict[Ids, StoredPrompt] = {}
         self._room = math.inf if room is None else room
-        self._kept = _Folder(folder, lm, layer) if folder is not None else None
+        self._kept = self._decisions = None
+        if folder is not None:
+            width = lm.hidden_size
+            self._kept = _Folder(folder, "residuals", lm, layer, lambda p: (_length(p), width))
+            self._decisions = _Folder(folder, "decisions", lm, layer, lambda p: (width,))
 
     def of(
         self, prompts: Sequence[PromptTokens], shown: Shown = lambda done, total: None
@@ -66,9 +75,7 @@ class ResidualStore:
             unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
             for prompt, z in self._kept.read(unknown):
                 found[prompt] = self._stored(prompt, z)
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        # Of like lengths together, so that little is padded.
-        missing.sort(key=lambda prompt: len(prompt.prompt_ids) + len(prompt.answer_ids))
+        missing = _missing(prompts, found)
         total = len(found) + len(missing)
         shown(len(found), total)
         for start in range(0, len(missing), TOGETHER):
@@ -76,11 +83,31 @@ class ResidualStore:
             stored = store_residuals(self._lm, self._layer, batch, self._max_norm)
             found.update(zip(batch, stored, strict=True))
             if self._kept:
-                self._kept.write(stored)
+                self._kept.write({s.tokens: s.z for s in stored})
             shown(len(found), total)
         for prompt, stored_prompt in found.items():
             self._hold(prompt, stored_prompt)
         return [found[prompt].to(self._lm.device) for prompt in prompts]
+
+    def decisions_of(
+        self, prompts: Sequence[PromptTokens], shown: Shown = lambda done, total: None
+    ) -> Tensor:
+        """z at the decision position of each prompt, and nothing else of it: [N, d].
+
+        On the model's device, in its dtype; equal prompts are run once.
+        """
+        found = dict(self._decisions.read(list(dict.fromkeys(prompts)))) if self._decisions else {}
+        missing = _missing(prompts, found)
+        total = len(found) + len(missing)
+        shown(len(found), total)
+        for start in range(0, len(missing), TOGETHER):
+            batch = missing[start : start + TOGETHER]
+            z = decision_residuals(self._lm, self._layer, batch)
+            found.update(zip(batch, z, strict=True))
+            if self._decisions:
+                self._decisions.write(dict(zip(batch, z, strict=True)))
+            shown(len(found), total)
+        return torch.stack([found[prompt].to(self._lm.device) for prompt in prompts])
 
     def _stored(self, prompt: PromptTokens, z: Tensor) -> StoredPrompt:
         return StoredPrompt(prompt, z, z.float().norm(dim=-1) > self._max_norm)
@@ -99,15 +126,37 @@ def _ids(prompt: PromptTokens) -> Ids:
     return prompt.prompt_ids, prompt.answer_ids
 
 
-class _Folder:
-    """Files of some hundred prompts' z each, by a hash of all that z depends on."""
+def _length(prompt: PromptTokens) -> int:
+    return len(prompt.prompt_ids) + len(prompt.answer_ids)
 
-    def __init__(self, folder: Path, lm: LanguageModel, layer: int) -> None:
-        self._folder = folder
-        self._shape = (lm.dtype, lm.hidden_size)
+
+def _missing(prompts: Sequence[PromptTokens], found: Container[PromptTokens]) -> list[PromptTokens]:
+    """The others, once each, those of like lengths together, so that little is padded."""
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+    return sorted(missing, key=_length)
+
+
+class _Folder:
+    """Files of some hundred prompts' z each, by a hash of all that z depends on.
+
+    Args:
+        kind: how the files' names begin.
+        shape_of: what is kept of a prompt.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        lm: LanguageModel,
+        layer: int,
+        shape_of: Callable[[PromptTokens], tuple[int, ...]],
+    ) -> None:
+        self._folder, self._kind, self._dtype = folder, kind, lm.dtype
+        self._shape_of = shape_of
         self._origin = json.dumps([fingerprint_model(lm.folder), str(lm.dtype), layer])
         self._where: dict[str, Path] = {}
-        for path in sorted(folder.glob("residuals-*.safetensors")):
+        for path in sorted(folder.glob(f"{kind}-*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
                     self._where.update(dict.fromkeys(file.keys(), path))
@@ -115,13 +164,12 @@ class _Folder:
                 continue  # a damaged file counts as none
 
     def read(self, prompts: Sequence[PromptTokens]) -> Iterator[tuple[PromptTokens, Tensor]]:
-        """z [P + A, d] of those that are there and whole, file by file."""
+        """What is kept of those that are there and whole, file by file."""
         by_file: dict[Path, list[tuple[str, PromptTokens]]] = {}
         for prompt in prompts:
             key = self._key(prompt)
             if key in self._where:
                 by_file.setdefault(self._where[key], []).append((key, prompt))
-        dtype, width = self._shape
         for path, wanted in by_file.items():
             try:
                 with safe_open(path, "pt") as file:
@@ -129,13 +177,12 @@ class _Folder:
             except (OSError, SafetensorError):
                 continue
             for prompt, z in found:
-                length = len(prompt.prompt_ids) + len(prompt.answer_ids)
-                if z.shape == (length, width) and z.dtype == dtype:
+                if z.shape == self._shape_of(prompt) and z.dtype == self._dtype:
                     yield prompt, z
 
-    def write(self, stored: Sequence[StoredPrompt]) -> None:
-        tensors = {self._key(s.tokens): s.z for s in stored}
-        path = self._folder / f"residuals-{next(iter(tensors))}.safetensors"
+    def write(self, found: Mapping[PromptTokens, Tensor]) -> None:
+        tensors = {self._key(prompt): z for prompt, z in found.items()}
+        path = self._folder / f"{self._kind}-{next(iter(tensors))}.safetensors"
         write_checkpoint(path, tensors)
         self._where.update(dict.fromkeys(tensors, path))
 

@@ -95,19 +95,13 @@ def decision_residuals(
     lm: LanguageModel,
     layer: int,
     prompts: Sequence[PromptTokens],
-    shown: Progress = lambda done: None,
     batch: int = 16,
 ) -> Tensor:
-    """z at the decision position of each prompt, and nothing else of it: [N, d], model dtype.
-
-    Args:
-        shown: called with the number of prompts done.
-    """
+    """z at the decision position of each prompt, and nothing else of it: [N, d], model dtype."""
     found: list[Tensor] = []
     for start in range(0, len(prompts), batch):
         stored = store_residuals(lm, layer, prompts[start : start + batch], float("inf"), batch)
         found += [p.z[p.tokens.edit_from].clone() for p in stored]
-        shown(len(found))
     return torch.stack(found)
 
 
