@@ -10,11 +10,12 @@ from benchmarks.quality.tables.experiments import main_experiments
 NAME = "main"
 TEXT = """
 The seconds are those of the whole `microedit edit`, two cores or fewer, each set from nothing.
-The SAE has seen no record of any data set. *Loc* is ZsRE's Natural Questions. Where not all of
-ZsRE is edited, records 300 to 399 calibrate τ and 400 to 599 are *near*. Where all of it is, no
-record is left over: τ has the shipped prompts alone, *near* are the locality prompts of CounterFact
-that name no edited subject (the same relation about another one), and *own wording* asks about the
-people of SelfCheckGPT.
+*Loc* is ZsRE's Natural Questions. Where not all of ZsRE is edited, records 300 to 399 are in the
+SAE's text and calibrate τ, and 400 to 599 are *near*. Where all of it is, no record is left over:
+the SAE has seen the trainer's invented facts instead, τ has the shipped prompts alone, *near* are
+the locality prompts of CounterFact that name no edited subject (the same relation about another
+one), and *own wording* asks about the people of SelfCheckGPT. Most of CounterFact's paraphrases
+here say something that follows from the fact ("… is surrounded by restaurants including").
 """
 BARS = {
     "some": {"rel": 0.99, "gen": 0.88, "loc": 0.99, "near": 0.96},

