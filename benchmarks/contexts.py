@@ -26,7 +26,7 @@ from benchmarks.context_bench.report import BARS, HEADER, table
 from benchmarks.context_bench.sets import facts_of, make_set, read_scope
 from microedit_trainer.cli.progress import counting
 from microedit_trainer.contexts import Contexts
-from microedit_trainer.facts import Fact, read_facts
+from microedit_trainer.facts import Fact, apart_from, read_facts
 from microedit_trainer.language_model import LanguageModel
 from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
 from microedit_vllm.artifact.atomic import write_atomically
@@ -101,12 +101,13 @@ def _made(
     folder: Path,
 ) -> list[tuple[Path, EditSet]]:
     chosen, own = [read_scope(text) for text in scopes], records[:count]
+    held_out = apart_from(own, records[HOLD_OUT])
     sets = []
     for scope in chosen:
         out = folder / f"{count}-{scope.last or 'turn'}-{scope.run}"
         # Each fact in two contexts.
         with counting(console, f"editing, {scope}", 2 * count) as progress:
-            edit_set = make_set(lm, sae, scope, own, records[HOLD_OUT], out, progress)
+            edit_set = make_set(lm, sae, scope, own, held_out, out, progress)
         sets.append((out, edit_set))
     return sets
 

@@ -20,7 +20,7 @@ from benchmarks.ordinary import count_fires, fires_in_words, nq_questions, ordin
 from microedit_trainer.contexts import Contexts
 from microedit_trainer.edit_run import EditRun, EditSettings
 from microedit_trainer.evaluation import TorchEngine, evaluate
-from microedit_trainer.facts import Fact, read_facts
+from microedit_trainer.facts import Fact, apart_from, read_facts
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver
 from microedit_vllm.artifact import EditOperator, EditSet, Scope, SparseAutoencoder
@@ -41,7 +41,9 @@ class Bench:
 
     def edit(self, solver: Solver, scope: Scope, facts: list[Fact]) -> tuple[EditSet, float]:
         """A fresh edit set of `facts`, and the seconds that the whole command took."""
-        settings = EditSettings(solver=solver, scope=scope, hold_out=self.records[HOLD_OUT])
+        settings = EditSettings(
+            solver=solver, scope=scope, hold_out=apart_from(facts, self.records[HOLD_OUT])
+        )
         run = EditRun(self.lm, self.sae, self.sae_folder, settings)
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.ordinary import mentions
-from microedit_trainer.facts import Fact, read_facts
+from microedit_trainer.facts import Fact, apart_from, read_facts
 from microedit_vllm.errors import MicroEditError
 
 # Of ZsRE: up to 300 are edited.
@@ -99,7 +99,8 @@ class Records:
         if len(zsre) <= HOLD_OUT.start:
             near = [*self.zsre[NEAR], *near]
             subjects = [fact.subject for fact in near if fact.subject]
-            return Split(edited, self.zsre[HOLD_OUT], near, subjects)
+            hold_out = apart_from(edited, self.zsre[HOLD_OUT])
+            return Split(edited, hold_out, near, subjects)
         # No ZsRE record is left for τ, and no subject of one.
         people = [fact.subject.title() for fact in self.selfcheck if fact.subject]
         free = [name for name in dict.fromkeys(people) if not about(name)]

@@ -1,6 +1,6 @@
 import pytest
 
-from microedit_trainer.facts import Fact, prompt_digest, read_split
+from microedit_trainer.facts import Fact, apart_from, prompt_digest, read_split
 from microedit_trainer.facts.split import split_facts
 from microedit_vllm.errors import MicroEditError
 
@@ -96,6 +96,14 @@ def test_another_files_records_are_held_out_unless_they_are_edited(data, tmp_pat
     assert split.description == f"1 of the 2 records of {other}"
     # Number 3 is edited no longer.
     assert len(read_split(data, str(other), seed=0, limit=3).held_out) == 2
+
+
+def test_records_about_an_edited_subject_are_not_held_out():
+    edited = [Fact("Who found the bell?", "Al", "the bell")]
+    again = Fact("By whom was the bell found?", "Bo", "The Bell ")
+    same_words = Fact("Who found the  bell?", "Bo")
+    other = Fact("Who found the horn?", "Bo", "the horn")
+    assert apart_from(edited, [again, same_words, other]) == [other]
 
 
 def test_a_file_whose_name_is_a_number_is_reached_by_its_path(data, monkeypatch):

@@ -2,12 +2,13 @@
 
 from microedit_trainer.facts.fact import Fact, Probe, find_conflicts, swap_subjects
 from microedit_trainer.facts.reader import read_facts
-from microedit_trainer.facts.split import Split, prompt_digest, read_split
+from microedit_trainer.facts.split import Split, apart_from, prompt_digest, read_split
 
 __all__ = [
     "Fact",
     "Probe",
     "Split",
+    "apart_from",
     "find_conflicts",
     "prompt_digest",
     "read_facts",

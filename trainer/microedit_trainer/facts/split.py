@@ -26,7 +26,7 @@ def read_split(
 
     Args:
         wanted: how many of the file's records to hold out, a share of them between 0 and 1, or
-            another facts file, whose records are all held out except those that are edited too.
+            another facts file, whose records are all held out but for those `apart_from` drops.
         seed: which records a number or a share takes.
         limit: edit the first so many; a number or a share is of the whole file.
         language: see `read_facts`.
@@ -41,11 +41,20 @@ def read_split(
         source = f"{len(facts)} records of {data} (seed {seed})"
     else:
         edited = read_facts(data, limit, language)
-        own = {prompt_key(fact.prompt) for fact in edited}
         others = read_facts(Path(wanted), language=language)
-        held_out = [fact for fact in others if prompt_key(fact.prompt) not in own]
+        held_out = apart_from(edited, others)
         source = f"{len(others)} records of {wanted}"
     return Split(edited[:limit], held_out, f"{len(held_out)} of the {source}")
+
+
+def apart_from(edited: Sequence[Fact], others: Sequence[Fact]) -> list[Fact]:
+    """The others that share neither prompt nor subject with an edited fact.
+
+    Another question about an edited subject is often the same one in other words, on which the
+    switch is right to turn on.
+    """
+    own = {key for fact in edited for key in _keys(fact)}
+    return [fact for fact in others if own.isdisjoint(_keys(fact))]
 
 
 def split_facts(facts: Sequence[Fact], size: float, seed: int) -> tuple[list[Fact], list[Fact]]:
