@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microedit_trainer.activations import SINK_FACTOR
 from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens, rewordings
 from microedit_trainer.device_turns import DeviceTurns
@@ -114,7 +115,7 @@ class EditRun:
             )
         self.turns = DeviceTurns.build(lm, sae, self.layer, settings.offload)
         self.sae = self.turns.sae
-        self.max_norm = float(sae.report.get("max_norm", 0)) or self._sink_norm()
+        self.max_norm = SINK_FACTOR * (float(sae.report.get("median_norm", 0)) or self._norm())
         self.contexts = Contexts.build(lm.tokenizer, settings.scope, lm.max_length)
         room = None if settings.offload else HELD_BYTES
         self._residuals = ResidualStore(lm, self.layer, self.max_norm, settings.targets, room)
@@ -219,13 +220,13 @@ class EditRun:
         found = self._residuals.decisions_of(flat, shown)
         return list(found.split([len(others) for others in rendered]))
 
-    def _sink_norm(self) -> float:
-        """3 × the median residual norm over the shipped ordinary prompts, for a foreign SAE."""
+    def _norm(self) -> float:
+        """The median residual norm over the shipped ordinary prompts, for a foreign SAE."""
         ids = [self.lm.tokenizer(line).input_ids for line in ordinary_lines()[:64]]
         norms = [
             self.lm.lower(torch.tensor([i]), self.layer)[0].float().norm(dim=-1) for i in ids if i
         ]
-        return 3.0 * float(torch.cat(norms).median())
+        return float(torch.cat(norms).median())
 
     def _ordinary(self, lines: Sequence[str]) -> list[StoredPrompt]:
         rendered = [self.contexts.render(c, line) for line in lines for c in self.contexts.names]
