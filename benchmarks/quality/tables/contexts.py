@@ -16,8 +16,9 @@ from microedit_trainer.cli.progress import counting
 from microedit_vllm.artifact import Scope
 
 NAME = "contexts"
-# Beside the default one: how many tokens are looked at, and in runs of how many.
-SCOPES = (Scope(last=64, run=8), Scope(last=16, run=0), Scope(last=None, run=0))
+# Beside the default one: how many tokens are looked at, and in runs of how many. More of them are
+# compared by `benchmarks/contexts.py`.
+SCOPES = (Scope(last=64, run=8),)
 TEXT = """
 {facts}, solved jointly, asked in other ways than they were edited. For what is asked about
 nothing edited (after an edited question and its answer in the first turn) the figures are the
