@@ -22,8 +22,10 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
         # what else runs on the machine.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+        # vLLM's CPU worker puts a function in its place that does nothing.
+        patch.setattr(torch, "set_num_threads", set_num_threads)
+        set_num_threads(1)
         # Seven full collections a start are most of its time in a large test process.
         patch.setattr(gc, "collect", lambda *args: 0)
         from vllm import LLM
@@ -44,4 +46,4 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
-            torch.set_num_threads(threads)
+            set_num_threads(threads)
