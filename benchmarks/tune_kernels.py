@@ -29,7 +29,7 @@ _TILE = "rows latents depth warps stages"
 _GATHER = "columns latents warps stages"
 _EDIT = (
     "rows acts_d acts_splits acts_warps acts_stages delta_d delta_latents delta_warps delta_stages "
-    "latents_first"
+    "even"
 )
 # Per operator: (most, batch to time, candidates). The first of each is what a line falls back to.
 CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
@@ -57,16 +57,33 @@ CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
         (16384, 512, _named(_GATHER, (512, 16, 2, 3), (256, 16, 1, 3), (1024, 8, 4, 3))),
     ],
     "edit_change": [
-        (16, 8, _named(_EDIT, (16, 128, 2, 4, 4, 64, 64, 4, 4), (16, 128, 2, 4, 5, 128, 64, 4, 4))),
-        (32, 32, _named(_EDIT, (32, 64, 4, 4, 4, 128, 64, 4, 4), (32, 64, 2, 4, 6, 64, 64, 4, 4))),
+        (
+            16,
+            8,
+            _named(
+                _EDIT,
+                (16, 128, 1, 4, 6, 64, 64, 4, 5, True),
+                (16, 128, 1, 4, 5, 128, 64, 4, 5, True),
+                (16, 128, 2, 4, 4, 64, 64, 4, 4, False),
+            ),
+        ),
+        (
+            32,
+            32,
+            _named(
+                _EDIT,
+                (32, 128, 1, 4, 5, 64, 64, 4, 5, True),
+                (32, 64, 4, 4, 4, 128, 64, 4, 4, False),
+            ),
+        ),
         (
             64,
             64,
             _named(
                 _EDIT,
-                (64, 64, 2, 8, 6, 64, 64, 4, 6, True),
-                (64, 64, 3, 8, 4, 64, 64, 4, 6, False),
-                (64, 128, 3, 8, 3, 64, 64, 4, 4, False),
+                (64, 128, 1, 4, 6, 64, 64, 4, 6, True),
+                (64, 64, 1, 4, 8, 64, 64, 4, 6, True),
+                (64, 64, 2, 8, 6, 64, 64, 4, 6, False),
             ),
         ),
         (
@@ -74,10 +91,9 @@ CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
             256,
             _named(
                 _EDIT,
+                (128, 64, 1, 8, 4, 128, 64, 8, 3, False),
                 (128, 64, 2, 8, 4, 128, 64, 8, 3, False),
-                (128, 64, 4, 8, 4, 128, 64, 8, 3, False),
-                (128, 64, 4, 8, 4, 64, 64, 8, 4, False),
-                (64, 64, 2, 8, 6, 64, 64, 4, 6, True),
+                (128, 64, 1, 8, 4, 64, 64, 8, 4, False),
             ),
         ),
     ],

@@ -33,6 +33,7 @@ from microedit_kernels.topk_encode.kernel import (
     merge_candidates,
     topk_encode,
 )
+from microedit_kernels.topk_encode.launch import encode_config
 
 _META = torch.device("meta")
 BATCHES = tuple(2**i for i in range(14))
@@ -71,12 +72,14 @@ def _row_plan(rows: int) -> None:
     group_rows(_ints(rows), _ints(rows), _ints(2))
 
 
-def _encode(shape: Shape, rows: int, norm: bool = False) -> None:
+def _encode(shape: Shape, rows: int, hopper: bool, norm: bool = False) -> None:
     d, n, k = shape.d, shape.n, shape.k
+    scratch = EncodeScratch.allocate(rows, n, k, _META)
     topk_encode(
         *(_halves(rows, d), _ints(rows), _ints(1), _floats(n, d).to(shape.dtype), _floats(n), k),
-        *(_floats(rows, k), _ints(rows, k), EncodeScratch.allocate(rows, n, k, _META)),
+        *(_floats(rows, k), _ints(rows, k), scratch),
         norm=InputNorm(_floats(rows), _floats(rows), _floats(n)) if norm else None,
+        config=encode_config(len(scratch.pre), shape.dtype == torch.float32, hopper),
     )
 
 
@@ -148,7 +151,7 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     codes = {"sm_80": (torch.int8,), "gfx942": ()}.get(target, (torch.float8_e4m3fn, torch.int8))
     for shape in (LLAMA, MISTRAL, ODD):
         for rows in BATCHES:
-            yield shape.name, partial(_encode, shape, rows)
+            yield shape.name, partial(_encode, shape, rows, hopper)
             yield shape.name, partial(_decode, shape, rows)
         yield shape.name, partial(_merge, shape, BATCHES[-1], ranks=8)
     for rows in BATCHES:
@@ -156,8 +159,8 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{latents:,} latents", partial(_edit_change, latents, rows, hopper)
         for kind in codes:
             yield LLAMA.name, partial(_eight_bits, LLAMA, rows, kind)
-    yield LLAMA.name, partial(_encode, LLAMA, BATCHES[-1], norm=True)
-    yield FP32.name, partial(_encode, FP32, BATCHES[-1])
+    yield LLAMA.name, partial(_encode, LLAMA, BATCHES[-1], hopper, norm=True)
+    yield FP32.name, partial(_encode, FP32, BATCHES[-1], hopper)
     yield "any", partial(_row_plan, BATCHES[-1])
     yield "window 64", partial(_decide, 256, 64, alpha=None)
     yield "window 1024", partial(_decide, 256, 1024, alpha=2.0)

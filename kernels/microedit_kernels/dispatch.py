@@ -1,5 +1,7 @@
 """The one place that chooses who computes."""
 
+from functools import cache
+
 import torch
 
 
@@ -9,3 +11,11 @@ def uses_triton(device: torch.device) -> bool:
     Everywhere else plain torch computes; Triton's interpreter is for tests.
     """
     return device.type == "cuda"
+
+
+@cache
+def overlaps_launches() -> bool:
+    """Whether a kernel can be set up while the one before it runs: NVIDIA's Hopper and later."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)

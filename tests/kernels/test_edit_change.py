@@ -83,13 +83,17 @@ def test_joined_sets_are_cut_so_that_every_latent_has_one_program(tile, part):
     joined = GroupedSets.join([make_rows(size) for size in sizes], tile, part)
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     assert (joined.sizes, joined.max_latents) == (sizes, 129)
-    for work, most in ((joined.tiles, tile), (joined.parts, part)):
+    for work, most, step in (
+        (joined.tiles, tile, tile),
+        (joined.even_tiles, 16, 16),
+        (joined.parts, part, tile),
+    ):
         covered = [at for _, first, end, *_ in work.tolist() for at in range(first, end)]
         assert covered == list(range(sum(sizes)))
         for key, first, end, place, index, count in work.tolist():
             assert place == first - starts[key]
             assert 0 < end - first <= most
-            assert place % tile == 0
+            assert place % step == 0
             assert count == -(-sizes[key] // most)
             assert 0 <= index < count
     assert joined.max_parts == joined.parts[:, 5].max()

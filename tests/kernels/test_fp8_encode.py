@@ -281,7 +281,7 @@ def test_the_error_never_passes_the_bound(M, d, n, codes, seed, worst, outliers)
     if outliers:
         W = W.clone()
         W[:, 0] *= 50
-        encoder = Fp8Encoder.quantise(W, encoder.bias, torch.full((d,), 0.3), codes)
+        encoder = Fp8Encoder.quantise(W, encoder.bias, torch.full((d,), 0.3, device=device), codes)
     if worst:  # z along the error of a latent: nothing could be worse
         error = W.double() - encoder.scale.double()[:, None] * encoder.codes.double()
         z[:] = (error[n // 2] * 1e3).to(z.dtype)

@@ -148,6 +148,7 @@ def test_every_kernel_is_launched_here(launched):
         make()()
     helpers = recorders - set(launched)
     assert helpers <= {
-        *("operand", "rounded", "order_key", "chosen_places", "_gather", "_sum_of_splits"),
-        *("_is_last", "_pre_share", "_store_acts", "_accumulate", "_delta_share"),
+        *("operand", "rounded", "order_key", "chosen_places", "key_range"),
+        *("_gather", "_sum_of_splits", "_is_last", "_step", "_pre_share", "_store_acts"),
+        "_delta_share",
     }

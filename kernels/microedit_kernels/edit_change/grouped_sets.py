@@ -10,6 +10,11 @@ from torch import Tensor
 # A program's work: set, its latents [first, end), the first one's place within the set, which part
 # of the set this is and of how many.
 WORK_COLUMNS = 6
+# Where there is no device to ask: an H100's.
+_MULTIPROCESSORS = 132
+# Latents of an even tile at the least: with fewer it would read more of z than of the weights.
+_FEWEST = 16
+_EVEN_SPLITS = 4
 
 
 class EditRows(NamedTuple):
@@ -40,6 +45,9 @@ class GroupedSets:
     sizes: latents of each set.
     tile, part: latents of one program of the first and of the second product, at most.
     tiles, parts: their work, [programs, 6] int32, see `WORK_COLUMNS`.
+    even_tiles: as `tiles`, but about as many as the device has multiprocessors, so that all of them
+        read an equal share; for batches so small that reading is all there is to do.
+    even_splits: programs that share an even tile's d, where such tiles are too few.
     """
 
     W_enc: Tensor
@@ -50,6 +58,8 @@ class GroupedSets:
     tile: int
     part: int
     tiles: Tensor
+    even_tiles: Tensor
+    even_splits: int
     parts: Tensor
 
     @property
@@ -66,14 +76,26 @@ class GroupedSets:
         """Parts that the largest set is cut into."""
         return -(-self.max_latents // self.part)
 
+    @property
+    def max_tiles(self) -> int:
+        """Programs of the first product, however it is cut."""
+        return max(len(self.tiles), len(self.even_tiles))
+
     @classmethod
-    def join(cls, sets: Sequence[EditRows], tile: int = 64, part: int = 2560) -> "GroupedSets":
+    def join(
+        cls,
+        sets: Sequence[EditRows],
+        tile: int = 64,
+        part: int = 2560,
+        multiprocessors: int | None = None,
+    ) -> "GroupedSets":
         """Copy `sets`, of one d, dtypes and device, into one.
 
         Args:
             sets: at least one; a set may have no latents.
             tile: a power of two, at least 16.
             part: a multiple of `tile`. A set is cut into the fewest parts of about equal size.
+            multiprocessors: to share the latents of `even_tiles`; the device's when None.
 
         Raises:
             ValueError: no set, sets that don't fit each other, or a cut that is none of the above.
@@ -81,6 +103,7 @@ class GroupedSets:
         _check(sets, tile, part)
         device = sets[0].W_enc.device
         sizes = tuple(len(rows.W_enc) for rows in sets)
+        share = -(-sum(sizes) // (multiprocessors or _multiprocessors(device)))
         return cls(
             W_enc=torch.cat([rows.W_enc for rows in sets]).contiguous(),
             bias=torch.cat([_folded_bias(rows) for rows in sets]),
@@ -90,6 +113,8 @@ class GroupedSets:
             tile=tile,
             part=part,
             tiles=_work(sizes, [tile] * len(sizes)).to(device),
+            even_tiles=_work(sizes, [_even_tile(share, tile)] * len(sizes)).to(device),
+            even_splits=1 if share > _FEWEST else _EVEN_SPLITS,
             parts=_work(sizes, [_even(size, part, tile) for size in sizes]).to(device),
         )
 
@@ -129,6 +154,17 @@ def _even(size: int, most: int, multiple: int) -> int:
     """The length of a part, where the fewest parts of at most `most` are of about equal size."""
     parts = max(1, -(-size // most))
     return max(multiple, -(-size // (parts * multiple)) * multiple)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _even_tile(share: int, tile: int) -> int:
+    """Latents of a program whose share is that many: a multiple of 8, for wide stores."""
+    return min(max(-(-share // 8) * 8, _FEWEST), tile)
 
 
 def _work(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:

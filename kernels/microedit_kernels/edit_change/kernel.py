@@ -18,6 +18,8 @@ from microedit_kernels.interpreting import INTERPRETED, operand, rounded
 
 _COLUMNS = tl.constexpr(WORK_COLUMNS)
 _INF = tl.constexpr(float("inf"))
+# Shares that are on their way while a sum waits for the first of them.
+_AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
@@ -31,61 +33,69 @@ def _is_last(arrived, count):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _step(step, turn, steps):  # type: ignore[no-untyped-def]
+    """The place of the step-th of a loop's steps, where the loop begins `turn` of 2¹⁶ along.
+
+    Programs that all read the same rows in the same order wait for the same slices of the L2
+    cache: each begins elsewhere.
+    """
+    place = step + (turn * steps >> 16)
+    return tl.where(place < steps, place, place - steps)
+
+
+@triton.jit
 def _pre_share(  # type: ignore[no-untyped-def]
     z_rows,
     W_rows,
     is_latent,
     d_first,
     d_end,
+    turn,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
-    LATENTS_FIRST: tl.constexpr,
 ):
-    """z·W_encᵀ over [d_first, d_end), [ROWS, TILE]; `z_rows` and `W_rows` point at column 0."""
+    """z·W_encᵀ over [d_first, d_end), [ROWS, TILE]; `z_rows` and `W_rows` point at column 0.
+
+    It begins `turn` of 2¹⁶ of the way along, see `_step`.
+    """
     depth = tl.arange(0, BLOCK_D)[None, :]
-    if LATENTS_FIRST:
-        pre = tl.zeros((TILE, ROWS), tl.float32)
-    else:
-        pre = tl.zeros((ROWS, TILE), tl.float32)
-    for at in range(d_first, d_end, BLOCK_D):
+    pre = tl.zeros((ROWS, TILE), tl.float32)
+    steps = tl.cdiv(d_end - d_first, BLOCK_D)
+    for step in range(0, steps):
+        at = d_first + _step(step, turn, steps) * BLOCK_D
+        # The weights first: their addresses are known before those of the rows.
         if D % BLOCK_D == 0:
-            z_block = tl.load(z_rows + at + depth)
             W_block = tl.load(W_rows + at + depth, mask=is_latent, other=0.0)
+            z_block = tl.load(z_rows + at + depth)
         else:
             within = at + depth < D
-            z_block = tl.load(z_rows + at + depth, mask=within, other=0.0)
             W_block = tl.load(W_rows + at + depth, mask=is_latent & within, other=0.0)
+            z_block = tl.load(z_rows + at + depth, mask=within, other=0.0)
         if WIDE:
             z_block = z_block.to(tl.float32)
             W_block = W_block.to(tl.float32)
-        if LATENTS_FIRST:
-            z_block = operand(tl.trans(z_block))
-            pre = tl.dot(operand(W_block), z_block, pre, input_precision="ieee")
-        else:
-            W_block = operand(tl.trans(W_block))
-            pre = tl.dot(operand(z_block), W_block, pre, input_precision="ieee")
-    if LATENTS_FIRST:
-        pre = tl.trans(pre)
+        W_block = operand(tl.trans(W_block))
+        pre = tl.dot(operand(z_block), W_block, pre, input_precision="ieee")
     return pre
 
 
 @triton.jit
 def _store_acts(  # type: ignore[no-untyped-def]
-    acts, stride, pre, threshold, is_row, PAIR: tl.constexpr
+    acts, stride, pre, threshold, mask, PAIR: tl.constexpr
 ):
-    """Threshold and store; `pre` is 0 or NaN beyond the set's end, so that zeros fill the tile."""
+    """Threshold and store."""
     h = tl.where(pre > threshold, pre, 0.0)
     if PAIR:
         # hi + lo is h to 17 bits, and both are operands of the tensor cores.
         hi = rounded(h, tl.bfloat16)
         lo = tl.where(hi.to(tl.float32) < _INF, h - hi.to(tl.float32), 0.0)
-        tl.store(acts, hi, mask=is_row)
-        tl.store(acts + stride, rounded(lo, tl.bfloat16), mask=is_row)
+        tl.store(acts, hi, mask=mask)
+        tl.store(acts + stride, rounded(lo, tl.bfloat16), mask=mask)
     else:
-        tl.store(acts, h, mask=is_row)
+        tl.store(acts, h, mask=mask)
 
 
 @triton.jit
@@ -112,7 +122,6 @@ def _compute_acts(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
     PAIR: tl.constexpr,
-    LATENTS_FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP and not INTERPRETED:
@@ -123,50 +132,53 @@ def _compute_acts(  # type: ignore[no-untyped-def]
     stop = tl.minimum(tl.load(offsets + key + 1), end_row)
     latents = tl.load(work + 1) + tl.arange(0, TILE)
     is_latent = latents < tl.load(work + 2)
-    places = tl.multiple_of(tl.load(work + 3), TILE) + tl.arange(0, TILE)[None, :]
+    place = tl.multiple_of(tl.load(work + 3), 8)
+    places = place + tl.arange(0, TILE)[None, :]
+    is_end = tl.load(work + 4) == tl.load(work + 5) - 1
     W_rows = W_enc + latents.to(tl.int64)[:, None] * D
     D_SPLIT: tl.constexpr = (D + SPLITS * BLOCK_D - 1) // (SPLITS * BLOCK_D) * BLOCK_D
     d_first = tl.program_id(1) * D_SPLIT
     d_end = tl.minimum(d_first + D_SPLIT, D)
-    for block in range(start, stop, ROWS):
+    block = start + tl.program_id(2) * ROWS
+    if block < stop:
         r = block + tl.arange(0, ROWS)
         is_row = (r < stop)[:, None]
         row = tl.load(rows + r, mask=r < stop, other=0).to(tl.int64)
         z_rows = z + row[:, None] * z_stride
-        pre = _pre_share(
-            z_rows, W_rows, is_latent[:, None], d_first, d_end,
-            D, ROWS, TILE, BLOCK_D, WIDE, LATENTS_FIRST,
-        )  # fmt: skip
-        at = (r - first_row)[:, None] * acts_width + places
         bias_block = tl.load(bias + latents, mask=is_latent, other=0.0)[None, :]
         threshold = tl.maximum(tl.load(theta + key), 0.0)
+        pre = _pre_share(
+            z_rows, W_rows, is_latent[:, None], d_first, d_end,
+            (tl.program_id(0) << 16) // tl.num_programs(0),
+            D, ROWS, TILE, BLOCK_D, WIDE,
+        )  # fmt: skip
+        # By eights, of which only a set's last may be incomplete, so that stores are wide.
+        eights = tl.cdiv(tl.load(work + 2) - tl.load(work + 1), 8)
+        mask = is_row & (tl.arange(0, TILE) // 8 < eights)[None, :]
+        row_acts = acts + (r - first_row)[:, None] * acts_width
+        at = (r - first_row)[:, None] * acts_width + places
+        if is_end:
+            # The second kernel reads whole steps: zeros follow a set's last latent.
+            beyond = place + eights * 8 + tl.arange(0, TILE)[None, :]
+            zeros = tl.zeros((ROWS, TILE), acts.dtype.element_ty)
+            tl.store(row_acts + beyond, zeros, mask=is_row & (beyond < acts_width))
+            if PAIR:
+                tl.store(
+                    row_acts + acts_stride + beyond, zeros, mask=is_row & (beyond < acts_width)
+                )
         if SPLITS == 1:
             pre += bias_block
-            _store_acts(acts + at, acts_stride, pre, threshold, is_row, PAIR)
+            _store_acts(row_acts + places, acts_stride, pre, threshold, mask, PAIR)
         else:
-            tl.store(shares + tl.program_id(1) * acts_stride + at, pre, mask=is_row)
+            tl.store(shares + tl.program_id(1) * acts_stride + at, pre, mask=mask)
             counter = (block - start) // ROWS * tl.num_programs(0) + tl.program_id(0)
             if _is_last(arrived + counter, SPLITS):
                 total = tl.zeros((ROWS, TILE), tl.float32)
                 for split in tl.static_range(SPLITS):
                     share = shares + split * acts_stride + at
-                    total += tl.load(share, mask=is_row, other=0.0, cache_modifier=".cg")
+                    total += tl.load(share, mask=mask, other=0.0, cache_modifier=".cg")
                 total += bias_block
-                _store_acts(acts + at, acts_stride, total, threshold, is_row, PAIR)
-
-
-@triton.jit
-def _accumulate(  # type: ignore[no-untyped-def]
-    delta, act_block, value_block, PRECISION: tl.constexpr, LATENTS_FIRST: tl.constexpr
-):
-    if LATENTS_FIRST:
-        act_block = operand(tl.trans(act_block))
-        value_block = operand(tl.trans(value_block))
-        delta = tl.dot(value_block, act_block, delta, input_precision=PRECISION)
-    else:
-        act_block = operand(act_block)
-        delta = tl.dot(act_block, operand(value_block), delta, input_precision=PRECISION)
-    return delta
+                _store_acts(row_acts + places, acts_stride, total, threshold, mask, PAIR)
 
 
 @triton.jit
@@ -176,21 +188,23 @@ def _delta_share(  # type: ignore[no-untyped-def]
     value_columns,
     within,
     count,
+    turn,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LATENTS: tl.constexpr,
     PAIR: tl.constexpr,
     PRECISION: tl.constexpr,
-    LATENTS_FIRST: tl.constexpr,
 ):
-    """h·ΔW_edit over `count` latents, [ROWS, BLOCK_D]; the pointers are at the first of them."""
+    """h·ΔW_edit over `count` latents, [ROWS, BLOCK_D]; the pointers are at the first of them.
+
+    It begins `turn` of 2¹⁶ of the way along, see `_step`.
+    """
     depth = tl.arange(0, LATENTS)
-    if LATENTS_FIRST:
-        delta = tl.zeros((BLOCK_D, ROWS), tl.float32)
-    else:
-        delta = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for at in range(0, count, LATENTS):
+    delta = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    steps = tl.cdiv(count, LATENTS)
+    for step in range(0, steps):
+        at = _step(step, turn, steps) * LATENTS
         mask = (at + depth < count)[:, None]
         if D % BLOCK_D != 0:
             mask = mask & within
@@ -198,12 +212,12 @@ def _delta_share(  # type: ignore[no-untyped-def]
         act_block = tl.load(act_rows + at + depth[None, :])
         if PAIR:
             lo_block = tl.load(act_rows + acts_stride + at + depth[None, :])
-            delta = _accumulate(delta, lo_block, value_block, PRECISION, LATENTS_FIRST)
+            delta = tl.dot(
+                operand(lo_block), operand(value_block), delta, input_precision=PRECISION
+            )
         else:
             value_block = value_block.to(tl.float32)
-        delta = _accumulate(delta, act_block, value_block, PRECISION, LATENTS_FIRST)
-    if LATENTS_FIRST:
-        delta = tl.trans(delta)
+        delta = tl.dot(operand(act_block), operand(value_block), delta, input_precision=PRECISION)
     return delta
 
 
@@ -229,8 +243,8 @@ def _add_delta(  # type: ignore[no-untyped-def]
     LATENTS: tl.constexpr,
     PAIR: tl.constexpr,
     PRECISION: tl.constexpr,
-    LATENTS_FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     work = parts + tl.program_id(1) * _COLUMNS
     key = tl.load(work)
@@ -246,26 +260,35 @@ def _add_delta(  # type: ignore[no-untyped-def]
     value_columns = values + first.to(tl.int64) * D + columns
     if OVERLAP and not INTERPRETED:
         tl.extra.cuda.gdc_wait()  # for the activations
-    for block in range(start, stop, ROWS):
+    block = start + tl.program_id(2) * ROWS
+    if block < stop:
         r = block + tl.arange(0, ROWS)
         local = (r - first_row)[:, None]
+        row = tl.load(rows + r, mask=r < stop, other=0).to(tl.int64)
+        stream = hidden_states + row[:, None] * hidden_stride + columns
+        # Side by side, so many programs read whole pages of the memory.
+        ABREAST: tl.constexpr = 512 // BLOCK_D
         delta = _delta_share(
             acts + local * acts_width + place, acts_stride, value_columns, within, count,
-            D, ROWS, BLOCK_D, LATENTS, PAIR, PRECISION, LATENTS_FIRST,
+            (tl.program_id(0) // ABREAST * ABREAST << 16) // tl.num_programs(0),
+            D, ROWS, BLOCK_D, LATENTS, PAIR, PRECISION,
         )  # fmt: skip
         mask = (r < stop)[:, None] & within
-        at = local * D + columns
-        tl.store(shares + part * shares_stride + at, delta, mask=mask)
-        counter = (block - first_row) * tl.num_programs(0) + tl.program_id(0)
-        if _is_last(arrived + counter, num_parts):
-            total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            for other in range(num_parts):
-                share = shares + other * shares_stride + at
-                total += tl.load(share, mask=mask, other=0.0, cache_modifier=".cg")
-            row = tl.load(rows + r, mask=r < stop, other=0).to(tl.int64)
-            stream = hidden_states + row[:, None] * hidden_stride + columns
-            total += tl.load(stream, mask=mask, other=0.0).to(tl.float32)
-            tl.store(stream, rounded(total, hidden_states.dtype.element_ty), mask=mask)
+        before = tl.load(stream, mask=mask, other=0.0).to(tl.float32)
+        if WHOLE:
+            tl.store(stream, rounded(before + delta, hidden_states.dtype.element_ty), mask=mask)
+        else:
+            at = local * D + columns
+            tl.store(shares + part * shares_stride + at, delta, mask=mask)
+            counter = (block - first_row) * tl.num_programs(0) + tl.program_id(0)
+            if _is_last(arrived + counter, num_parts):
+                for some in range(0, num_parts, _AT_ONCE):
+                    for nth in tl.static_range(_AT_ONCE):
+                        share = shares + (some + nth) * shares_stride + at
+                        end = tl.where(some + nth < num_parts, stop, 0)
+                        of_set = (r < end)[:, None] & within
+                        before += tl.load(share, mask=of_set, other=0.0, cache_modifier=".cg")
+                tl.store(stream, rounded(before, hidden_states.dtype.element_ty), mask=mask)
 
 
 def add_edit_change(
@@ -310,7 +333,7 @@ def add_edit_change(
     if not sets.max_latents:
         return
     for first_row in range(0, most, scratch.rows):
-        end_row = first_row + scratch.rows
+        end_row = min(first_row + scratch.rows, most)
         _launch_acts(z, rows, offsets, sets, scratch, config, first_row, end_row)
         _launch_delta(hidden_states, rows, offsets, sets, scratch, config, first_row, end_row)
 
@@ -325,14 +348,19 @@ def _launch_acts(
     first_row: int,
     end_row: int,
 ) -> None:
-    _compute_acts[(len(sets.tiles), config.acts_splits)](
+    if config.even:
+        tiles, splits = sets.even_tiles, sets.even_splits
+    else:
+        tiles, splits = sets.tiles, config.acts_splits
+    grid = (len(tiles), splits, -(-(end_row - first_row) // config.rows))
+    _compute_acts[grid](
         z,
         rows,
         offsets,
         sets.W_enc,
         sets.bias,
         sets.theta,
-        sets.tiles,
+        tiles,
         scratch.pre_shares,
         scratch.pre_arrived,
         scratch.acts,
@@ -345,10 +373,9 @@ def _launch_acts(
         ROWS=config.rows,
         TILE=sets.tile,
         BLOCK_D=config.acts_d,
-        SPLITS=config.acts_splits,
+        SPLITS=splits,
         WIDE=z.dtype != sets.W_enc.dtype or z.dtype == torch.float32,
         PAIR=sets.values.dtype == torch.bfloat16,
-        LATENTS_FIRST=config.latents_first,
         OVERLAP=config.overlap,
         num_warps=config.acts_warps,
         num_stages=config.acts_stages,
@@ -367,7 +394,8 @@ def _launch_delta(
     end_row: int,
 ) -> None:
     # fp16 values meet fp32 activations, which may pass fp16's range; tf32 holds the values exactly.
-    _add_delta[(-(-sets.d // config.delta_d), len(sets.parts))](
+    blocks = -(-(end_row - first_row) // config.rows)
+    _add_delta[(-(-sets.d // config.delta_d), len(sets.parts), blocks)](
         hidden_states,
         rows,
         offsets,
@@ -388,8 +416,8 @@ def _launch_delta(
         LATENTS=config.delta_latents,
         PAIR=sets.values.dtype == torch.bfloat16,
         PRECISION="tf32x3" if sets.values.dtype == torch.float16 else "ieee",
-        LATENTS_FIRST=config.latents_first,
         OVERLAP=config.overlap,
+        WHOLE=sets.max_parts == 1,
         num_warps=config.delta_warps,
         num_stages=config.delta_stages,
         enable_fp_fusion=True,

@@ -1,10 +1,10 @@
 """Block sizes of the edit change's two kernels."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
+from microedit_kernels.dispatch import overlaps_launches
 from microedit_kernels.launch_table import settings
 
 MAX_ROW_BLOCK = 128
@@ -21,7 +21,7 @@ class LaunchConfig:
     acts_d: depth of a step of the first product; acts_splits: programs that share its d.
     delta_d: columns of a program of the second product; delta_latents: depth of its steps, a
         divisor of the sets' `tile`.
-    latents_first: weights are the left operand, so that few tokens still fill the tensor cores.
+    even: the first product is cut as `GroupedSets.even_tiles` says; `acts_splits` is not used.
     overlap: the second kernel is set up while the first one runs; needs Hopper or later.
     """
 
@@ -34,7 +34,7 @@ class LaunchConfig:
     delta_latents: int
     delta_warps: int
     delta_stages: int
-    latents_first: bool = False
+    even: bool = False
     overlap: bool = False
 
     def __post_init__(self) -> None:
@@ -55,11 +55,17 @@ def launch_config(
         hopper: for NVIDIA's Hopper and later; this machine's GPU decides when None.
     """
     config = LaunchConfig(**settings("edit_change", rows))
-    if _is_hopper() if hopper is None else hopper:
+    if overlaps_launches() if hopper is None else hopper:
         config = replace(config, overlap=True)
     else:
-        # Without tensor cores that read shared memory, operands take the registers.
-        config = replace(config, latents_first=False, delta_d=min(config.delta_d, 64))
+        # Operands take registers, where the tensor cores can't read shared memory, of which an
+        # earlier GPU has less.
+        config = replace(
+            config,
+            delta_d=min(config.delta_d, 64),
+            acts_stages=min(config.acts_stages, 4),
+            delta_stages=min(config.delta_stages, 4),
+        )
     if max_latents * d < 1 << 20:
         config = replace(config, acts_splits=1)
     if torch.version.hip:
@@ -68,10 +74,3 @@ def launch_config(
     if element_size == 4:
         config = replace(config, acts_d=config.acts_d // 2, delta_latents=config.delta_latents // 2)
     return config
-
-
-@cache
-def _is_hopper() -> bool:
-    if torch.version.hip or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= (9, 0)

@@ -54,7 +54,7 @@ class EditChangeScratch:
             pre_shares=torch.empty(MAX_D_SPLITS, rows, width, device=device),
             delta_shares=torch.empty(max(1, sets.max_parts), launched, sets.d, device=device),
             pre_arrived=torch.zeros(
-                blocks, max(1, len(sets.tiles)), dtype=torch.int32, device=device
+                blocks, max(1, sets.max_tiles), dtype=torch.int32, device=device
             ),
             delta_arrived=torch.zeros(launched, columns, dtype=torch.int32, device=device),
         )
@@ -68,7 +68,7 @@ class EditChangeScratch:
             or sets.max_latents > self.acts.shape[2]
             or self.acts.shape[2] % sets.tile
             or sets.max_parts > parts
-            or len(sets.tiles) > self.pre_arrived.shape[1]
+            or sets.max_tiles > self.pre_arrived.shape[1]
             or pair != (self.acts.dtype == torch.bfloat16)
         ):
             raise ValueError("the edit sets don't fit a scratch that was made for smaller ones")

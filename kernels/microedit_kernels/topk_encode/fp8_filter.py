@@ -28,7 +28,7 @@ from microedit_kernels.topk_encode.fp8_reference import (
     quantise,
     rounding_error,
 )
-from microedit_kernels.topk_encode.kernel import EncodeScratch, _select, topk_encode
+from microedit_kernels.topk_encode.kernel import EncodeScratch, launch_select, topk_encode
 from microedit_kernels.topk_encode.launch import EncodeConfig, group_size
 
 _BLOCK = 256
@@ -236,15 +236,9 @@ class _Call:
         return group_size(len(self.encoder.W_enc), self.k)
 
     def select_first(self, first: int, size: int) -> None:
-        own = self.scratch.encode
-        groups = own.group_keys.shape[1]
-        _select[(size,)](
-            *(own.pre, own.group_keys, own.group_list, self.count, self.top_acts),
-            *(self.top_indices, first, len(self.encoder.W_enc), groups, self.k),
-            G=self.group,
-            GROUPS=triton.next_power_of_2(groups),
-            KP=triton.next_power_of_2(self.k),
-            num_warps=8,
+        launch_select(
+            *(self.scratch.encode, self.count, self.top_acts, self.top_indices),
+            *(first, size, len(self.encoder.W_enc), self.k),
         )
 
     def rescore(self, first: int, size: int, of_first: bool) -> None:

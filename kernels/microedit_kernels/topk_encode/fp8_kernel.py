@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from microedit_kernels.interpreting import INTERPRETED, operand
-from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, order_key
+from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, key_range, order_key
 
 # Four e4m3 codes are two pairs of bf16: exponent and mantissa move to their place, and 2^120
 # corrects the exponent's bias, subnormal codes included. The compiler's own conversion takes an
@@ -328,7 +328,9 @@ def _choose(  # type: ignore[no-untyped-def]
             here = slot < total
             act = tl.load(acts + r * capacity + slot, mask=here, other=0.0)
             latents = tl.load(indices + r * capacity + slot, mask=here, other=0)
-            chosen, place = chosen_places(tl.where(here, order_key(act), NOTHING), k)
+            keys = tl.where(here, order_key(act), NOTHING)
+            least, most = key_range(keys)
+            chosen, place, _ = chosen_places(keys, k, least, most)
             out = (first_row + r) * k + place
             tl.store(top_acts + out, act, mask=chosen)
             tl.store(top_indices + out, latents, mask=chosen)

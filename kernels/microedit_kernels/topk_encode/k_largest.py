@@ -21,14 +21,24 @@ def order_key(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def kth_key(keys, k):  # type: ignore[no-untyped-def]
+def key_range(keys):  # type: ignore[no-untyped-def]
+    """The smallest key above NOTHING, and the largest."""
+    return tl.min(tl.where(keys == NOTHING, 0x7FFFFFFF, keys)), tl.max(keys)
+
+
+@triton.jit
+def kth_key(keys, k, least, most):  # type: ignore[no-untyped-def]
     """A threshold and how many of the keys equal to it belong to the k largest.
 
-    Every key above the threshold does. Three-way search over the range of the keys, which ends as
-    soon as k keys stand out. At most 2¹⁴ keys; where fewer than k are above NOTHING, all are taken.
+    Every key above the threshold does. Three-way search from `least` to `most`, which ends as soon
+    as k keys stand out. At most 2¹⁴ keys; where fewer than k are above NOTHING, all are taken.
+
+    Args:
+        least: at least k keys, or all above NOTHING, are as large.
+        most: no key is larger.
     """
-    low = tl.min(tl.where(keys == NOTHING, 0x7FFFFFFF, keys)).to(tl.int64)
-    high = tl.max(keys).to(tl.int64) + 1
+    low = least.to(tl.int64)
+    high = most.to(tl.int64) + 1
     # At least k keys are ≥ low (unless there are fewer), fewer than k are ≥ high.
     from_low = tl.full((), -1, tl.int32)
     from_high = tl.full((), 0, tl.int32)
@@ -58,13 +68,16 @@ def kth_key(keys, k):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def chosen_places(keys, k):  # type: ignore[no-untyped-def]
+def chosen_places(keys, k, least, most):  # type: ignore[no-untyped-def]
     """Which of the keys are the k largest, and the place of each among them in order.
 
+    Args:
+        least, most: see `kth_key`.
+
     Returns:
-        chosen [N] bool, place [N] int32 (of use where chosen).
+        chosen [N] bool, place [N] int32 (of use where chosen), the k-th largest key.
     """
-    threshold, of_equal = kth_key(keys, k)
+    threshold, of_equal = kth_key(keys, k, least, most)
     greater = keys > threshold
     equal = (keys == threshold) & (keys != NOTHING)
     # Two counts in one scan: of the equal ones, the first `of_equal` are taken.
@@ -73,4 +86,4 @@ def chosen_places(keys, k):  # type: ignore[no-untyped-def]
     equal_before = before >> 16
     chosen = greater | (equal & (equal_before < of_equal))
     place = (before & 0xFFFF) + tl.minimum(equal_before, of_equal)
-    return chosen, place
+    return chosen, place, threshold

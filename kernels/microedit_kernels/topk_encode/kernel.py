@@ -14,9 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microedit_kernels.interpreting import operand
-from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, order_key
-from microedit_kernels.topk_encode.launch import EncodeConfig, encode_config, group_size
+from microedit_kernels.interpreting import INTERPRETED, operand
+from microedit_kernels.topk_encode.k_largest import NOTHING, chosen_places, key_range, order_key
+from microedit_kernels.topk_encode.launch import (
+    SELECT_WARPS,
+    EncodeConfig,
+    encode_config,
+    group_size,
+)
 
 
 # Sizes that change from step to step must not have a kernel each.
@@ -46,7 +51,10 @@ def _encode(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP and not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
     # Row blocks of one tile of latents run side by side: its weights come from L2 but once.
     blocks = tl.cdiv(chunk_rows, BM)
     tile = tl.program_id(0) // blocks
@@ -62,20 +70,22 @@ def _encode(  # type: ignore[no-untyped-def]
         z_at = z + row[:, None] * z_stride + at[None, :]
         W_at = W_enc + tl.where(known, latents, 0).to(tl.int64)[None, :] * d + at[:, None]
         acc = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, d, BK):
+        steps = tl.cdiv(d, BK)
+        for step in range(0, steps):
+            # Each tile begins elsewhere, or all would wait for the same lines of z at once.
+            place = step + tile % steps
+            start = tl.where(place < steps, place, place - steps) * BK
             if EVEN_K:
-                z_part = tl.load(z_at)
-                W_part = tl.load(W_at)
+                W_part = tl.load(W_at + start)
+                z_part = tl.load(z_at + start)
             else:
                 inside = start + at < d
-                z_part = tl.load(z_at, mask=inside[None, :], other=0.0)
-                W_part = tl.load(W_at, mask=inside[:, None], other=0.0)
+                W_part = tl.load(W_at + start, mask=inside[:, None], other=0.0)
+                z_part = tl.load(z_at + start, mask=inside[None, :], other=0.0)
             if WIDE:
                 z_part = z_part.to(tl.float32)
                 W_part = W_part.to(tl.float32)
             acc = tl.dot(operand(z_part), operand(W_part), acc, input_precision="ieee")
-            z_at += BK
-            W_at += BK
         if NORM:
             shift = tl.load(row_shift + first_row + r, mask=live, other=0.0)
             scale = tl.load(row_scale + first_row + r, mask=live, other=0.0)
@@ -114,7 +124,10 @@ def _select(  # type: ignore[no-untyped-def]
     G: tl.constexpr,
     GROUPS: tl.constexpr,
     KP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()  # for the pre-activations
     r = tl.program_id(0)
     if first_row + r < tl.load(count):
         group = tl.arange(0, GROUPS)
@@ -122,7 +135,8 @@ def _select(  # type: ignore[no-untyped-def]
             group_keys + r.to(tl.int64) * groups + group, mask=group < groups, other=NOTHING
         )
         wanted = tl.minimum(k, groups)
-        chosen, place = chosen_places(keys, wanted)
+        least, most = key_range(keys)
+        chosen, place, kth = chosen_places(keys, wanted, least, most)
         tl.store(group_list + r * KP + place, group, mask=chosen)
         # The list is read by other threads than those that wrote it.
         tl.debug_barrier()
@@ -134,7 +148,9 @@ def _select(  # type: ignore[no-untyped-def]
         acts = tl.reshape(acts, (KP * G,))
         latents = tl.reshape(latents, (KP * G,))
         keys = tl.where(tl.reshape(here, (KP * G,)), order_key(acts), NOTHING)
-        chosen, place = chosen_places(keys, k)
+        # The k best groups have k keys that are no smaller than the least of their maxima.
+        least = tl.where(wanted < k, NOTHING + 1, kth)
+        chosen, place, _ = chosen_places(keys, k, least, most)
         out = (first_row + r).to(tl.int64) * k + place
         tl.store(top_acts + out, acts, mask=chosen)
         tl.store(top_indices + out, latents, mask=chosen)
@@ -152,7 +168,8 @@ def _merge(  # type: ignore[no-untyped-def]
         value = tl.load(acts + source, mask=here, other=0.0)
         index = tl.load(indices + source, mask=here, other=-1)
         keys = tl.where(here & (index >= 0), order_key(value), NOTHING)
-        chosen, place = chosen_places(keys, k)
+        least, most = key_range(keys)
+        chosen, place, _ = chosen_places(keys, k, least, most)
         out = r.to(tl.int64) * k + place
         tl.store(top_acts + out, value, mask=chosen)
         tl.store(top_indices + out, index, mask=chosen)
@@ -234,8 +251,11 @@ def topk_encode(
     chunk = len(scratch.pre)
     groups = scratch.group_keys.shape[1]
     G = group_size(n, k)
-    KP = triton.next_power_of_2(k)
-    assert scratch.group_list.shape[1] == KP and z.stride(1) == 1 and W_enc.is_contiguous()
+    assert (
+        scratch.group_list.shape[1] == triton.next_power_of_2(k)
+        and z.stride(1) == 1
+        and W_enc.is_contiguous()
+    )
     wide = z.dtype != W_enc.dtype or W_enc.dtype == torch.float32
     chosen = config or encode_config(min(len(top_acts), chunk), wide)
     BM, BN, BK = chosen.rows, chosen.latents, chosen.depth
@@ -255,17 +275,40 @@ def topk_encode(
             BN=BN,
             BK=BK,
             EVEN_K=d % BK == 0,
+            OVERLAP=chosen.overlap,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
         )
-        _select[(size,)](
-            *(scratch.pre, scratch.group_keys, scratch.group_list, count),
-            *(top_acts, top_indices, first, n, groups, k),
-            G=G,
-            GROUPS=triton.next_power_of_2(groups),
-            KP=KP,
-            num_warps=8,
-        )
+        launch_select(scratch, count, top_acts, top_indices, first, size, n, k, chosen.overlap)
+
+
+def launch_select(
+    scratch: EncodeScratch,
+    count: Tensor,
+    top_acts: Tensor,
+    top_indices: Tensor,
+    first: int,
+    size: int,
+    n: int,
+    k: int,
+    overlap: bool = False,
+) -> None:
+    """The k largest of rows first to first + size from what `scratch` holds of them.
+
+    Args:
+        count, top_acts, top_indices: as in `topk_encode`.
+        overlap: the kernel before this one has asked for it to be set up.
+    """
+    _select[(size,)](
+        *(scratch.pre, scratch.group_keys, scratch.group_list, count),
+        *(top_acts, top_indices, first, n, scratch.group_keys.shape[1], k),
+        G=group_size(n, k),
+        GROUPS=triton.next_power_of_2(scratch.group_keys.shape[1]),
+        KP=triton.next_power_of_2(k),
+        OVERLAP=overlap,
+        num_warps=SELECT_WARPS,
+        **({"launch_pdl": True} if overlap else {}),  # an option of NVIDIA's backend alone
+    )
 
 
 def merge_candidates(
