@@ -35,9 +35,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.ordinary import ordinary_prompts
+from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.demo.server import VllmServer
-from microedit_trainer.edit_run import ordinary_lines
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.facts import prompt_digest, read_facts
 from microedit_trainer.language_model import LanguageModel

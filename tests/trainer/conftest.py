@@ -4,7 +4,7 @@ from contextlib import chdir
 
 import pytest
 
-from microedit_trainer.edit_run import ordinary_lines
+from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.sae import SaeSettings
 from microedit_trainer.sae.train import train_sae

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from microedit_trainer import edit_run
+from microedit_trainer import calibration_prompts, edit_run
 from microedit_trainer.contexts import Contexts, PromptTokens
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.language_model import LanguageModel
@@ -43,9 +43,12 @@ def edited_logits(lm: LanguageModel, operator: EditOperator, prompt: PromptToken
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_set_is_made_and_scored(architecture, tmp_path, monkeypatch, capsys):
-    few = [line for line in edit_run.ordinary_lines() if len(line) < 60][:6]
-    monkeypatch.setattr(edit_run, "ordinary_lines", lambda: few)
-    monkeypatch.setattr(edit_run, "unedited_subjects", lambda others: ["Peru", "Bach", "chess"])
+    few = [line for line in calibration_prompts.ordinary_lines() if len(line) < 60][:6]
+    for module in (calibration_prompts, edit_run):
+        monkeypatch.setattr(module, "ordinary_lines", lambda: few)
+    monkeypatch.setattr(
+        calibration_prompts, "unedited_subjects", lambda others: ["Peru", "Bach", "chess"]
+    )
     model = tiny_architecture(architecture, tmp_path / "model")
     tiny_sae(d=HIDDEN, n=256, k=8).save(tmp_path / "sae")
     records = [{"prompt": f.prompt, "target": f.target, "subject": f.subject} for f in FACTS[:2]]

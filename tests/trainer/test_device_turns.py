@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from microedit_trainer import edit_run
-from microedit_trainer.edit_run import EditRun, EditSettings, ordinary_lines
+from microedit_trainer import calibration_prompts, edit_run
+from microedit_trainer.calibration_prompts import ordinary_lines
+from microedit_trainer.edit_run import EditRun, EditSettings
 from microedit_trainer.language_model import LanguageModel, find_decoder_layers
 from microedit_vllm.artifact import Scope
 from tests.tiny_architectures import CONFIGS, LAYERS, build_architecture
@@ -65,7 +66,8 @@ def test_the_upper_half_runs_without_the_lower(architecture, layer, away):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_set_is_the_same_with_offload(name, lm, sae, sae_folder, tmp_path, away, monkeypatch):
     few = ordinary_lines()[:12]
-    monkeypatch.setattr(edit_run, "ordinary_lines", lambda: few)
+    for module in (calibration_prompts, edit_run):
+        monkeypatch.setattr(module, "ordinary_lines", lambda: few)
     solved = []
     for offload in (False, True):
         settings = replace(SETTINGS[name], hold_out=FACTS[3:], offload=offload)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from microedit_trainer.edit_run import EditRun, EditSettings, ordinary_lines
+from microedit_trainer.calibration_prompts import ordinary_lines
+from microedit_trainer.edit_run import EditRun, EditSettings
 from microedit_trainer.facts import Fact, prompt_digest
 from microedit_trainer.solvers import executors, sequential
 from microedit_vllm.artifact import (
@@ -333,6 +334,6 @@ def test_a_subject_that_the_switch_cannot_see_is_not_swapped(run_of):
     passage = " ".join(f"word{number}" for number in range(20))
     seen = Fact("The capital of Wakanda is", "Mel", "Wakanda")
     unseen = Fact(f"This is about Gondor. {passage} He was born in", "Mel", "Gondor")
-    swapped = run_of()._swapped([seen, unseen])
+    swapped = run_of().calibration_prompts.swapped([seen, unseen])
     assert len(swapped) == 1
     assert swapped[0].startswith("The capital of ") and "Wakanda" not in swapped[0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from microedit_trainer import golden_prompts as module
+from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.contexts import Contexts
-from microedit_trainer.edit_run import ordinary_lines
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.golden_prompts import golden_prompts, read_around
 from microedit_trainer.stored_residuals import StoredPrompt

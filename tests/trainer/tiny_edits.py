@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.contexts import ContextName, Contexts
-from microedit_trainer.edit_run import ordinary_lines
 from microedit_trainer.facts import Fact
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers import EditProblem, JointSolver, SequentialSolver, Solution

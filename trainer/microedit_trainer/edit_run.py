@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from microedit_trainer.activations import SINK_FACTOR
 from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
+from microedit_trainer.calibration_prompts import CalibrationPrompts, ordinary_lines
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens, rewordings
 from microedit_trainer.device_turns import DeviceTurns
 from microedit_trainer.evaluation import Outcome, TorchEngine
-from microedit_trainer.facts import Fact, find_conflicts, prompt_digest, swap_subjects
-from microedit_trainer.golden_prompts import golden_prompts
+from microedit_trainer.facts import Fact, find_conflicts, prompt_digest
 from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.residual_store import HELD_BYTES, ResidualStore
 from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
@@ -33,7 +32,6 @@ from microedit_vllm.artifact import (
     EditOperator,
     EditSet,
     Golden,
-    GoldenPrompt,
     Manifest,
     Scope,
     SparseAutoencoder,
@@ -45,11 +43,6 @@ from microedit_vllm.artifact.manifest import ModelIdentity, SaeIdentity
 from microedit_vllm.errors import MicroEditError
 
 GOLDEN_TOKENS = 16
-# Facts among which the golden prompts are looked for.
-GOLDEN_FACTS = 16
-# Facts whose wording is tried with another subject, when τ is chosen: enough for a share of 5% to
-# be known to 0.7% (one standard deviation).
-MOST_SWAPPED = 1000
 
 
 @dataclass(frozen=True)
@@ -180,6 +173,15 @@ class EditRun:
     def context_names(self) -> tuple[ContextName, ...]:
         return self.settings.context_names(self.contexts)
 
+    @property
+    def calibration_prompts(self) -> CalibrationPrompts:
+        return CalibrationPrompts(
+            self.contexts,
+            self.context_names,
+            self.settings.hold_out,
+            swaps=self.settings.solver.name == "joint",
+        )
+
     def _render(self, fact: Fact) -> list[PromptTokens]:
         return [
             self.contexts.render(name, fact.prompt, fact.target, fact.subject)
@@ -265,7 +267,7 @@ class EditRun:
         """Calibrate τ, score the facts, and put the set together."""
         engine = TorchEngine(self.lm, EditOperator.build(draft, self.sae), self._residuals)
         stages("scores", 0.0, "choosing τ")
-        prompts = self._calibration_prompts(facts)
+        prompts = self.calibration_prompts.by_group(facts)
         if self.settings.offload:
             # Stored before the layers that store them leave the device.
             for group in prompts.values():
@@ -285,7 +287,7 @@ class EditRun:
             **solution.report,
         }
         engine = replace(engine, operator=EditOperator.build(draft, self.sae))
-        golden = self._golden_prompts(engine, facts)
+        golden = self.calibration_prompts.golden(engine, facts)
         stages("scores", 1.0, "")
         manifest = draft.manifest.model_copy(update={"scores": scores})
         return replace(draft, manifest=manifest, facts=lines, golden_prompts=golden)
@@ -344,19 +346,6 @@ class EditRun:
         draft = EditSet(manifest, solution.scoring, solution.edit, Golden.none())
         return with_golden(draft, self.sae, golden_z.to(self.sae.W_enc.device))
 
-    def _calibration_prompts(self, facts: Sequence[Fact]) -> dict[str, list[PromptTokens]]:
-        """What τ is calibrated on, in every context that is trained in."""
-        prompts = {"held_out": [fact.prompt for fact in self.settings.hold_out]}
-        if self.settings.solver.name == "joint":
-            # Not for the paper's solver: it reconstructs the whole prompt, which leaves nothing to
-            # tell a fact's wording about another subject apart.
-            prompts["swapped"] = self._swapped(facts)
-        prompts["ordinary"] = ordinary_lines()[1::2]
-        return {
-            group: [self.contexts.render(n, p) for p in of_group for n in self.context_names]
-            for group, of_group in prompts.items()
-        }
-
     def _calibrate(
         self,
         engine: TorchEngine,
@@ -372,40 +361,6 @@ class EditRun:
             near={g: NearPrompts(ards[g], self.near_rate) for g in near if g in ards},
             ordinary_rate=0.0 if self.settings.solver.statistic == "relative" else 0.05,
             fixed=self.settings.tau,
-        )
-
-    def _swapped(self, facts: Sequence[Fact]) -> list[str]:
-        """The facts' wordings about other subjects, where the switch could see that they are; of
-        very many facts those of every second, third, ….
-
-        Behind a long passage the subject lies outside of what is scored: the tokens that are, are
-        the fact's own, and no τ tells the two apart.
-        """
-
-        def scored(prompt: str) -> tuple[int, ...]:
-            rendered = self.contexts.render(self.context_names[0], prompt)
-            return rendered.prompt_ids[slice(*rendered.scored)]
-
-        own = {scored(fact.prompt) for fact in facts}
-        others = swap_subjects(facts, unedited_subjects(self.settings.hold_out))
-        seen = [prompt for prompt in others if scored(prompt) not in own]
-        return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
-
-    def _golden_prompts(
-        self, engine: TorchEngine, facts: Sequence[Fact]
-    ) -> tuple[GoldenPrompt, ...]:
-        """Prompts that τ was calibrated on: some facts' own, near ones, and ordinary ones."""
-
-        def golden(prompts: Sequence[str], on: bool, count: int) -> list[GoldenPrompt]:
-            names = self.context_names
-            rendered = [self.contexts.render(n, p) for p in prompts for n in names]
-            return golden_prompts(engine, rendered, on, count)
-
-        near = self._swapped(facts)
-        return (
-            *golden([f.prompt for f in facts[:GOLDEN_FACTS]], on=True, count=8),
-            *golden(near[:GOLDEN_FACTS], on=False, count=2),
-            *golden(ordinary_lines()[1::2][:GOLDEN_FACTS], on=False, count=2),
         )
 
     def _fact_lines(
@@ -439,21 +394,6 @@ def _golden_z(stored: Sequence[list[StoredPrompt]], ordinary: Tensor) -> Tensor:
     own = torch.cat([p.z[p.scored[-2:]] for fact in stored[:4] for p in fact]).float()
     half = GOLDEN_TOKENS // 2
     return torch.cat([own[:half], ordinary[: GOLDEN_TOKENS - half]])
-
-
-def ordinary_lines() -> list[str]:
-    """Everyday prompts that ship with the trainer: passages, questions, requests, code."""
-    return _shipped_lines("ordinary_prompts.txt")
-
-
-def unedited_subjects(others: Sequence[Fact]) -> list[str]:
-    """What else a fact's wording could be about: other records' subjects, else shipped names."""
-    return [f.subject for f in others if f.subject] or _shipped_lines("subjects.txt")
-
-
-def _shipped_lines(name: str) -> list[str]:
-    text = files("microedit_trainer").joinpath("data", name).read_text(encoding="utf-8")
-    return [line for line in text.split("\n") if line.strip()]
 
 
 def _layer(lm: LanguageModel, sae: SparseAutoencoder, layer: int | None) -> int:

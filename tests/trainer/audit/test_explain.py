@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from microedit_trainer.audit import Request, explain
+from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.contexts import Contexts
-from microedit_trainer.edit_run import ordinary_lines
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.facts import Fact
 from microedit_vllm.artifact import Decision, EditOperator, Scope

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from microedit_trainer import edit_run
-from microedit_trainer.edit_run import ordinary_lines
+from microedit_trainer import calibration_prompts, edit_run
+from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_vllm.artifact import EditSet, SparseAutoencoder
 from microedit_vllm.cli.main import main
 from tests.trainer.tiny_edits import FACTS
@@ -14,8 +14,9 @@ from tests.trainer.tiny_edits import FACTS
 @pytest.fixture(autouse=True)
 def few_calibration_prompts(monkeypatch):
     few = ordinary_lines()[:8]
-    monkeypatch.setattr(edit_run, "ordinary_lines", lambda: few)
-    monkeypatch.setattr(edit_run, "unedited_subjects", lambda others: ["Peru", "Bach"])
+    for module in (calibration_prompts, edit_run):
+        monkeypatch.setattr(module, "ordinary_lines", lambda: few)
+    monkeypatch.setattr(calibration_prompts, "unedited_subjects", lambda others: ["Peru", "Bach"])
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""The prompts that τ is calibrated on, and that golden prompts are taken from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
+from microedit_trainer.evaluation import TorchEngine
+from microedit_trainer.facts import Fact, swap_subjects
+from microedit_trainer.golden_prompts import golden_prompts
+from microedit_vllm.artifact import GoldenPrompt
+
+# Facts among which the golden prompts are looked for.
+GOLDEN_FACTS = 16
+# Facts whose wording is tried with another subject, when τ is chosen: enough for a share of 5% to
+# be known to 0.7% (one standard deviation).
+MOST_SWAPPED = 1000
+
+
+@dataclass(frozen=True)
+class CalibrationPrompts:
+    """Prompts of a run that edits some facts.
+
+    Attributes:
+        names: the contexts that are trained in.
+        hold_out: records of the same kind as the facts, never edited.
+        swaps: whether the facts' own wordings about another subject must stay off. Not with the
+            paper's solver: it reconstructs the whole prompt, which leaves nothing to tell them
+            apart.
+    """
+
+    contexts: Contexts
+    names: tuple[ContextName, ...]
+    hold_out: Sequence[Fact]
+    swaps: bool
+
+    def by_group(self, facts: Sequence[Fact]) -> dict[str, list[PromptTokens]]:
+        """*held_out*, *swapped* and *ordinary* ones, each in every context."""
+        prompts = {"held_out": [fact.prompt for fact in self.hold_out]}
+        if self.swaps:
+            prompts["swapped"] = self.swapped(facts)
+        prompts["ordinary"] = ordinary_lines()[1::2]
+        return {group: self._render(of_group) for group, of_group in prompts.items()}
+
+    def swapped(self, facts: Sequence[Fact]) -> list[str]:
+        """The facts' wordings about other subjects, where the switch could see that they are; of
+        very many facts those of every second, third, ….
+
+        Behind a long passage the subject lies outside of what is scored: the tokens that are, are
+        the fact's own, and no τ tells the two apart.
+        """
+
+        def scored(prompt: str) -> tuple[int, ...]:
+            rendered = self.contexts.render(self.names[0], prompt)
+            return rendered.prompt_ids[slice(*rendered.scored)]
+
+        own = {scored(fact.prompt) for fact in facts}
+        others = swap_subjects(facts, unedited_subjects(self.hold_out))
+        seen = [prompt for prompt in others if scored(prompt) not in own]
+        return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
+
+    def golden(self, engine: TorchEngine, facts: Sequence[Fact]) -> tuple[GoldenPrompt, ...]:
+        """Golden prompts: some facts' own, near ones, and ordinary ones.
+
+        Args:
+            engine: with the finished set.
+        """
+
+        def golden(prompts: Sequence[str], on: bool, count: int) -> list[GoldenPrompt]:
+            return golden_prompts(engine, self._render(prompts), on, count)
+
+        near = self.swapped(facts)
+        return (
+            *golden([f.prompt for f in facts[:GOLDEN_FACTS]], on=True, count=8),
+            *golden(near[:GOLDEN_FACTS], on=False, count=2),
+            *golden(ordinary_lines()[1::2][:GOLDEN_FACTS], on=False, count=2),
+        )
+
+    def _render(self, prompts: Sequence[str]) -> list[PromptTokens]:
+        return [self.contexts.render(name, p) for p in prompts for name in self.names]
+
+
+def ordinary_lines() -> list[str]:
+    """Everyday prompts that ship with the trainer: passages, questions, requests, code."""
+    return _shipped_lines("ordinary_prompts.txt")
+
+
+def unedited_subjects(others: Sequence[Fact]) -> list[str]:
+    """What else a fact's wording could be about: other records' subjects, else shipped names."""
+    return [f.subject for f in others if f.subject] or _shipped_lines("subjects.txt")
+
+
+def _shipped_lines(name: str) -> list[str]:
+    text = files("microedit_trainer").joinpath("data", name).read_text(encoding="utf-8")
+    return [line for line in text.split("\n") if line.strip()]
