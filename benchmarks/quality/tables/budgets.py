@@ -13,9 +13,19 @@ from benchmarks.quality.store import Figures
 NAME = "budgets"
 TEXT = """
 How many decoder rows each of the two changes may have. The rows that do the most are kept and
-solved again alone. In brackets: both changes as a part of the decoder.
+solved again alone. In brackets: both changes as a part of the decoder. The sequential solver has
+one change for both, goes over the facts once more with the rows that are left, and trains the bare
+prompt alone.
 """
-HEADER = ("facts", "at most", "rows to score + to edit", *SCORES_HEADER, "chat Rel", "chat Gen")
+HEADER = (
+    "facts",
+    "solver",
+    "at most",
+    "rows to score + to edit",
+    *SCORES_HEADER,
+    "chat Rel",
+    "chat Gen",
+)
 DRAWN = {"rel": "Rel", "gen": "Gen", "near": "near"}
 
 
@@ -28,11 +38,21 @@ def section(lab: Lab, plan: Plan) -> Section:
             lab.say(f"budgets: {in_words(facts)}, at most {budget or 'all'} rows")
             figures = lab.scores(Experiment(facts, options=options(budget)))
             measured.setdefault(facts, []).append(figures)
-            line = [in_words(facts), str(budget or "all"), size(figures), *scores(figures["bare"])]
-            chat = figures.get("chat", {})
-            lines.append([*line, *(score(chat.get(name)) for name in ("rel", "gen"))])
+            lines.append(_line(facts, "joint", str(budget or "all"), figures))
+    for per_fact in plan.sequential_budgets:
+        budget = f"{per_fact} a fact" if per_fact else "all"
+        lab.say(f"budgets: {in_words(plan.some)}, sequential, at most {budget} rows")
+        experiment = Experiment(plan.some, "sequential", {"rows_per_fact": per_fact})
+        figures = lab.scores(experiment)
+        lines.append(_line(plan.some, "sequential", budget, figures))
     pictures = {"rows": _draw(measured)}
     return Section(NAME, "Rows", TEXT, HEADER, lines, pictures=pictures)
+
+
+def _line(facts: Chosen, solver: str, budget: str, figures: Figures) -> list[str]:
+    line = [in_words(facts), solver, budget, size(figures), *scores(figures["bare"])]
+    chat = figures.get("chat", {})
+    return [*line, *(score(chat.get(name)) for name in ("rel", "gen"))]
 
 
 def options(budget: int | None) -> dict[str, int]:
