@@ -12,11 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from microedit_kernels.edit_change.grouped_sets import WORK_COLUMNS, GroupedSets
-from microedit_kernels.edit_change.launch_config import LaunchConfig, launch_config
+from microedit_kernels.edit_change.launch_config import (
+    MAX_BLOCK_D,
+    LaunchConfig,
+    launch_config,
+)
 from microedit_kernels.edit_change.scratch import EditChangeScratch
 from microedit_kernels.interpreting import INTERPRETED, operand, rounded
 
 _COLUMNS = tl.constexpr(WORK_COLUMNS)
+_MAX_BLOCK_D = tl.constexpr(MAX_BLOCK_D)
 _INF = tl.constexpr(float("inf"))
 # Shares that are on their way while a sum waits for the first of them.
 _AT_ONCE = tl.constexpr(4)
@@ -266,8 +271,8 @@ def _add_delta(  # type: ignore[no-untyped-def]
         local = (r - first_row)[:, None]
         row = tl.load(rows + r, mask=r < stop, other=0).to(tl.int64)
         stream = hidden_states + row[:, None] * hidden_stride + columns
-        # Side by side, so many programs read whole pages of the memory.
-        ABREAST: tl.constexpr = 512 // BLOCK_D
+        # So many programs read side by side: whole pages of the memory.
+        ABREAST: tl.constexpr = _MAX_BLOCK_D // BLOCK_D
         delta = _delta_share(
             acts + local * acts_width + place, acts_stride, value_columns, within, count,
             (tl.program_id(0) // ABREAST * ABREAST << 16) // tl.num_programs(0),

@@ -9,7 +9,7 @@ from microedit_kernels.launch_table import settings
 
 MAX_ROW_BLOCK = 128
 MIN_ROW_BLOCK = 16
-MIN_BLOCK_D = 32
+MIN_BLOCK_D, MAX_BLOCK_D = 32, 512
 MAX_D_SPLITS = 8
 
 
@@ -40,8 +40,10 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         if not MIN_ROW_BLOCK <= self.rows <= MAX_ROW_BLOCK:
             raise ValueError(f"a block of {self.rows} rows is not in 16 to {MAX_ROW_BLOCK}")
-        if self.delta_d < MIN_BLOCK_D or not 1 <= self.acts_splits <= MAX_D_SPLITS:
-            raise ValueError(f"delta_d is below {MIN_BLOCK_D} or more than {MAX_D_SPLITS} splits")
+        if not MIN_BLOCK_D <= self.delta_d <= MAX_BLOCK_D:
+            raise ValueError(f"delta_d is not in {MIN_BLOCK_D} to {MAX_BLOCK_D}")
+        if not 1 <= self.acts_splits <= MAX_D_SPLITS:
+            raise ValueError(f"acts_splits is not in 1 to {MAX_D_SPLITS}")
 
 
 def launch_config(
