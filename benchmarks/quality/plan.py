@@ -13,7 +13,7 @@ class Plan:
     some, more: of ZsRE, jointly and (some) sequentially.
     all_records: every record of ZsRE and CounterFact.
     budgets: decoder rows in each of the two changes, by what is edited; None: all of them.
-    sequential_budgets: decoder rows a fact, of the sequential solver with `some`.
+    sequential_budgets: decoder rows a fact, of the sequential solver; None: all of them.
     ablated: what the variations edit.
     """
 
@@ -23,7 +23,7 @@ class Plan:
     all_records: Chosen
     selfcheck: Chosen
     budgets: Mapping[Chosen, tuple[int | None, ...]]
-    sequential_budgets: tuple[int | None, ...]
+    sequential_budgets: Mapping[Chosen, tuple[int | None, ...]]
     ablated: tuple[Chosen, ...]
 
 
@@ -44,7 +44,7 @@ FULL = Plan(
         zsre(100): (1000, 2000, 3000, 6000, None),
         zsre(300, 700): (5000, 10_000, None),
     },
-    sequential_budgets=(20, 40, None),
+    sequential_budgets={zsre(10): (40, 100, None), zsre(100): (20, 40, None)},
     ablated=(zsre(100),),
 )
 # To try the whole way: minutes, and figures that mean little.
@@ -55,6 +55,6 @@ QUICK = Plan(
     all_records=zsre(10, 10),
     selfcheck=(("selfcheck", 10),),
     budgets={zsre(10): (100, 500, None), zsre(20, 10): (500, None)},
-    sequential_budgets=(20, None),
+    sequential_budgets={zsre(10): (20, None)},
     ablated=(zsre(10),),
 )

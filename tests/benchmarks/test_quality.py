@@ -240,6 +240,7 @@ def test_tables_are_built_from_their_experiments(lab):
         all_records=zsre(3),
         selfcheck=zsre(3),
         budgets={zsre(2): (20, None)},
+        sequential_budgets={zsre(2): (20, None)},
     )
     found = main.section(lab, plan)
     assert [line[:3] for line in found.lines[::2]] == [

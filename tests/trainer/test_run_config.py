@@ -14,7 +14,11 @@ def test_the_paper_s_settings_ship():
     assert mistral.sae == {"layer": 23, "width": 65_536, "k": 400}
     for config in (llama, mistral):
         solver = {"solver": "sequential", "position": "sequence", "lr": 5e-5, "alpha": 600}
-        assert config.edit == solver | {"passes": 1, "statistic": "absolute"}
+        assert config.edit == solver | {
+            "passes": 1,
+            "rows_per_fact": 0,
+            "statistic": "absolute",
+        }
         assert str(config.sae["k"]) in config.description
     assert "hook_resid_pre" in mistral.description
     assert "calls the layer 24" in mistral.description

@@ -39,12 +39,12 @@ def section(lab: Lab, plan: Plan) -> Section:
             figures = lab.scores(Experiment(facts, options=options(budget)))
             measured.setdefault(facts, []).append(figures)
             lines.append(_line(facts, "joint", str(budget or "all"), figures))
-    for per_fact in plan.sequential_budgets:
-        budget = f"{per_fact} a fact" if per_fact else "all"
-        lab.say(f"budgets: {in_words(plan.some)}, sequential, at most {budget} rows")
-        experiment = Experiment(plan.some, "sequential", {"rows_per_fact": per_fact})
-        figures = lab.scores(experiment)
-        lines.append(_line(plan.some, "sequential", budget, figures))
+    for facts, per_facts in plan.sequential_budgets.items():
+        for per_fact in per_facts:
+            at_most = f"{per_fact} a fact" if per_fact else "all"
+            lab.say(f"budgets: {in_words(facts)}, sequential, at most {at_most} rows")
+            experiment = Experiment(facts, "sequential", {"rows_per_fact": per_fact})
+            lines.append(_line(facts, "sequential", at_most, lab.scores(experiment)))
     pictures = {"rows": _draw(measured)}
     return Section(NAME, "Rows", TEXT, HEADER, lines, pictures=pictures)
 

@@ -56,6 +56,7 @@ def test_the_paper_s_settings_reach_the_set_and_another_sae_is_told(edit, tmp_pa
     assert (manifest.decision.statistic, manifest.decision.alpha) == ("absolute", 600)
     assert manifest.decision.tau == 0.5
     assert manifest.hyperparameters["lr"] == 5e-5
+    assert manifest.hyperparameters["rows_per_fact"] is None
     assert manifest.hyperparameters["steps_rec"] == 1
 
 

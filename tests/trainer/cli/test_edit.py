@@ -67,6 +67,7 @@ def test_the_command_writes_a_set_and_shows_it(edit, tmp_path, sae, changes):
         is_papers = manifest.decision.statistic == "absolute"
         assert is_papers == ("--passes" in changes)
         assert str(manifest.decision.scope) == "all"
+        assert manifest.hyperparameters["rows_per_fact"] == 40
     else:
         assert str(manifest.decision.scope) == "window:16 in last:64"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.jsonl", "set"]
@@ -83,6 +84,13 @@ def test_options_reach_the_solver(edit, tmp_path):
     manifest = EditSet.load(tmp_path / "set").manifest
     assert (manifest.decision.alpha, manifest.position) == (99.0, "sequence")
     assert manifest.hyperparameters["lr"] == 0.01
+
+
+@pytest.mark.parametrize("solver", [{}, SEQUENTIAL], ids=["joint", "sequential"])
+def test_no_rows_a_fact_are_all_rows(edit, tmp_path, sae, solver):
+    assert edit(solver | {"--limit": "1", "--rows-per-fact": "0"})[0] == 0
+    found = EditSet.load(tmp_path / "set").manifest.hyperparameters["rows_per_fact"]
+    assert found == (None if solver else sae.num_latents)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from microedit_trainer.solvers import SequentialSolver
+from microedit_trainer.solvers import SequentialSolver, sequential
 from microedit_vllm.errors import MicroEditError
 from tests.trainer.tiny_edits import FACTS, LAYER, SEQUENTIAL, no_progress, tiny_problem
 
@@ -212,6 +212,14 @@ def test_a_second_pass_edits_again_what_does_not_hold(
 
 class TestRowBudget:
     BUDGET = replace(SEQUENTIAL, rows_per_fact=12, steps_rec=4, steps_edit=12)
+
+    @pytest.fixture(autouse=True)
+    def few_rows(self, monkeypatch):
+        monkeypatch.setattr(sequential, "LEAST_ROWS", 0)
+
+    def test_a_small_set_may_have_some_in_any_case(self, two, solve, monkeypatch):
+        monkeypatch.setattr(sequential, "LEAST_ROWS", 30)
+        assert len(solve(self.BUDGET, two)[1]) == 30
 
     def test_no_more_rows_change_than_the_budget_has(self, two, solve):
         _, all_rows = solve(replace(self.BUDGET, rows_per_fact=None), two)

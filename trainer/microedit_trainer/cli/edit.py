@@ -15,6 +15,9 @@ from microedit_trainer.cli.progress import edit_bars
 from microedit_trainer.run_config import RunConfig
 from microedit_vllm.errors import MicroEditError
 
+# From docs/quality.md, "Rows".
+SEQUENTIAL_ROWS_PER_FACT = 40
+
 if TYPE_CHECKING:
     from microedit_trainer.solvers import Executor
     from microedit_vllm.artifact import EditSet, SparseAutoencoder
@@ -95,10 +98,11 @@ def edit(
     rows_per_fact: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Decoder rows per fact. joint: of the edit change, the scoring change has a third "
-            "of them; default 30, or 20 where that would take more than a quarter of the decoder. "
-            "sequential: of its one change; default: all that the facts activate.",
+            min=0,
+            help="Decoder rows per fact; 0: all that the facts activate (the paper). joint: of the "
+            "edit change, the scoring change has a third of them; default 30, or 20 where that "
+            "would take more than a quarter of the decoder. sequential: of its one change; "
+            "default 40.",
         ),
     ] = None,
     reworded_weight: Annotated[
@@ -168,10 +172,15 @@ def edit(
     chosen: Solver
     if solver is SolverName.joint:
         chosen, scope = (
-            JointSolver(rows_per_fact=rows_per_fact, reworded_weight=reworded_weight),
+            JointSolver(
+                rows_per_fact=encoder.num_latents if rows_per_fact == 0 else rows_per_fact,
+                reworded_weight=reworded_weight,
+            ),
             Scope(),
         )
     else:
+        if rows_per_fact is None:
+            rows_per_fact = SEQUENTIAL_ROWS_PER_FACT
         options = {"lr": lr, "steps_rec": steps_rec, "steps_edit": steps_edit}
         given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         distance = encoder.report.get("mean_distance") if alpha is None else alpha
@@ -181,7 +190,7 @@ def edit(
             alpha=float(distance),
             position=position.value,
             passes=passes,
-            rows_per_fact=rows_per_fact,
+            rows_per_fact=rows_per_fact or None,
             statistic=statistic.value,
             **given,
         )

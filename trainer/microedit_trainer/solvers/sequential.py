@@ -26,6 +26,8 @@ CHECKPOINT = "sequential.safetensors"
 ROWS_AT_ONCE = 4096
 # An edit is forgotten where L_edit is so many times what counted as learnt.
 FORGOTTEN = 4
+# Of a small set, where a budget by facts would be less than one prompt activates.
+LEAST_ROWS = 250
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class SequentialSolver:
     position: where ẑ goes: every token of prompt and answer (the paper) or from the decision on.
     passes: how often it goes over the facts (the paper: once). From the second time on, only those
         that a later fact has overwritten are edited again.
-    rows_per_fact: decoder rows per fact; None: all that the facts activate (the paper). What the
-        others did is carried over to the strongest ones, and one more pass edits again what that
-        has lost, on those rows alone.
+    rows_per_fact: decoder rows per fact, `LEAST_ROWS` in any case; None: all that the facts
+        activate (the paper). What the others did is carried over to the strongest ones, and one
+        more pass edits again what that has lost, on those rows alone.
     statistic: what decides: ARD as in the paper, or relative to the unedited decoder's.
     checkpoint_every: facts between two checkpoints.
     """
@@ -119,7 +121,7 @@ class SequentialSolver:
 
     def _keep_strongest(self, problem: EditProblem, W_dec: Tensor, changed: Tensor) -> None:
         """Carry the change over to as many rows as the budget has, in place."""
-        budget = (self.rows_per_fact or 0) * len(problem.facts)
+        budget = max(LEAST_ROWS, (self.rows_per_fact or 0) * len(problem.facts))
         if int(changed.sum()) <= budget:
             return
         prompts = [prompt for fact in problem.facts for prompt in fact]
