@@ -60,8 +60,8 @@ def launch_config(
     if overlaps_launches() if hopper is None else hopper:
         config = replace(config, overlap=True)
     else:
-        # Operands take registers, where the tensor cores can't read shared memory, of which an
-        # earlier GPU has less.
+        # Tensor cores that cannot read shared memory take operands from registers, and there is
+        # less shared memory to hold steps ahead.
         config = replace(
             config,
             delta_d=min(config.delta_d, 64),

@@ -75,7 +75,8 @@ def chosen_places(keys, k, least, most):  # type: ignore[no-untyped-def]
         least, most: see `kth_key`.
 
     Returns:
-        chosen [N] bool, place [N] int32 (of use where chosen), the k-th largest key.
+        chosen [N] bool, place [N] int32 (of use where chosen), and a key that none of them is
+        below.
     """
     threshold, of_equal = kth_key(keys, k, least, most)
     greater = keys > threshold

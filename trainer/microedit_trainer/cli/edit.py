@@ -15,12 +15,12 @@ from microedit_trainer.cli.progress import edit_bars
 from microedit_trainer.run_config import RunConfig
 from microedit_vllm.errors import MicroEditError
 
-# From docs/quality.md, "Rows".
-SEQUENTIAL_ROWS_PER_FACT = 40
-
 if TYPE_CHECKING:
     from microedit_trainer.solvers import Executor
     from microedit_vllm.artifact import EditSet, SparseAutoencoder
+
+# From docs/quality.md, "Rows".
+SEQUENTIAL_ROWS_PER_FACT = 40
 
 
 class SolverName(StrEnum):
