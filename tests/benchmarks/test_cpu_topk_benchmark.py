@@ -32,9 +32,7 @@ def test_a_way_that_chooses_something_else_gives_no_figures():
     cpu_topk.check(cpu_topk.FLOOR, wrong_tie, rows, 1)
 
 
-def test_from_the_command_line(tmp_path, monkeypatch):
-    # What runs after it in this process keeps its threads.
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+def test_from_the_command_line(tmp_path):
     app = cpu_topk.typer.Typer()
     app.command()(cpu_topk.main)
     out = tmp_path / "cpu_topk.json"
