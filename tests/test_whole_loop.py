@@ -13,15 +13,9 @@ from microedit_trainer.evaluation import TorchEngine, evaluate
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.server_engine import ServerEngine
 from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
-from microedit_vllm.cli.main import main
+from tests.command_line import microedit
 
 FACTS = 6
-
-
-def microedit(*words: object) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in words])
-    assert not stopped.value.code
 
 
 @pytest.fixture(scope="module")
