@@ -29,7 +29,7 @@ _TILE = "rows latents depth warps stages"
 _GATHER = "columns latents warps stages"
 _EDIT = (
     "rows acts_d acts_splits acts_warps acts_stages delta_d delta_latents delta_warps delta_stages "
-    "even"
+    "even ahead"
 )
 # Per operator: (most, batch to time, candidates). The first of each is what a line falls back to.
 CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
@@ -62,9 +62,9 @@ CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
             8,
             _named(
                 _EDIT,
-                (16, 128, 1, 4, 6, 64, 64, 4, 5, True),
-                (16, 128, 1, 4, 5, 128, 64, 4, 5, True),
-                (16, 128, 2, 4, 4, 64, 64, 4, 4, False),
+                (16, 128, 1, 4, 6, 32, 128, 4, 6, True, 1024),
+                (16, 128, 1, 4, 6, 32, 128, 4, 8, True, 1024),
+                (16, 128, 2, 4, 4, 64, 64, 4, 4, False, 0),
             ),
         ),
         (
@@ -72,8 +72,8 @@ CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
             32,
             _named(
                 _EDIT,
-                (32, 128, 1, 4, 5, 64, 64, 4, 5, True),
-                (32, 64, 4, 4, 4, 128, 64, 4, 4, False),
+                (32, 128, 1, 4, 6, 32, 128, 4, 6, True, 1024),
+                (32, 64, 4, 4, 4, 128, 64, 4, 4, False, 0),
             ),
         ),
         (
@@ -81,9 +81,9 @@ CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
             64,
             _named(
                 _EDIT,
-                (64, 128, 1, 4, 6, 64, 64, 4, 6, True),
-                (64, 64, 1, 4, 8, 64, 64, 4, 6, True),
-                (64, 64, 2, 8, 6, 64, 64, 4, 6, False),
+                (64, 128, 1, 4, 6, 32, 128, 4, 6, True, 640),
+                (64, 64, 1, 4, 12, 32, 64, 4, 10, True, 640),
+                (64, 64, 2, 8, 6, 64, 64, 4, 6, False, 0),
             ),
         ),
         (
@@ -91,9 +91,9 @@ CANDIDATES: dict[str, list[tuple[int, int, list[Settings]]]] = {
             256,
             _named(
                 _EDIT,
-                (128, 64, 1, 8, 4, 128, 64, 8, 3, False),
-                (128, 64, 2, 8, 4, 128, 64, 8, 3, False),
-                (128, 64, 1, 8, 4, 64, 64, 8, 4, False),
+                (128, 64, 1, 8, 4, 128, 64, 8, 4, False, 0),
+                (128, 64, 2, 8, 4, 128, 64, 8, 3, False, 0),
+                (128, 64, 1, 8, 4, 64, 64, 8, 4, False, 0),
             ),
         ),
     ],

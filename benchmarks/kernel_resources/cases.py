@@ -120,12 +120,16 @@ def _eight_bits(shape: Shape, rows: int, codes: torch.dtype) -> None:
     )
 
 
-def _edit_change(latents: int, rows: int, hopper: bool) -> None:
+def _edit_change(
+    latents: int, rows: int, hopper: bool, dtype: torch.dtype = torch.bfloat16
+) -> None:
     d = LLAMA.d
-    one = EditRows(_halves(latents, d), _floats(latents), None, _halves(latents, d), 0.0)
-    sets = GroupedSets.join([one])
-    config = launch_config(rows, latents, d, hopper=hopper)
-    hidden_states, z = _halves(2, rows, d)
+    rows_of_set = _halves(2, latents, d).to(dtype)
+    sets = GroupedSets.join([EditRows(rows_of_set[0], _floats(latents), None, rows_of_set[1], 0.0)])
+    # Beside fp16 the activations are fp32.
+    size = 2 if dtype == torch.bfloat16 else 4
+    config = launch_config(rows, latents, d, size, hopper=hopper)
+    hidden_states, z = _halves(2, rows, d).to(dtype)
     scratch = EditChangeScratch.allocate(rows, sets)
     add_edit_change(hidden_states, z, _ints(rows), _ints(2), sets, scratch, config)
 
@@ -157,6 +161,7 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for rows in BATCHES:
         for latents in (500, 5000):
             yield f"{latents:,} latents", partial(_edit_change, latents, rows, hopper)
+        yield "5,000 latents fp16", partial(_edit_change, 5000, rows, hopper, torch.float16)
         for kind in codes:
             yield LLAMA.name, partial(_eight_bits, LLAMA, rows, kind)
     yield LLAMA.name, partial(_encode, LLAMA, BATCHES[-1], hopper, norm=True)

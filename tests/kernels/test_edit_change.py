@@ -86,7 +86,8 @@ def test_joined_sets_are_cut_so_that_every_latent_has_one_program(tile, part):
     for work, most, step in (
         (joined.tiles, tile, tile),
         (joined.even_tiles, 16, 16),
-        (joined.parts, part, tile),
+        (joined.parts, part, joined.step),
+        (joined.even_parts, joined.step, joined.step),
     ):
         covered = [at for _, first, end, *_ in work.tolist() for at in range(first, end)]
         assert covered == list(range(sum(sizes)))
@@ -96,7 +97,11 @@ def test_joined_sets_are_cut_so_that_every_latent_has_one_program(tile, part):
             assert place % step == 0
             assert count == -(-sizes[key] // most)
             assert 0 <= index < count
-    assert joined.max_parts == joined.parts[:, 5].max()
+    assert (joined.shares, joined.even_shares) == (
+        joined.parts[:, 5].max(),
+        joined.even_parts[:, 5].max(),
+    )
+    assert joined.max_parts == len(joined.even_parts)
 
 
 @pytest.mark.parametrize(

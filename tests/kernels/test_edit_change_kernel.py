@@ -16,7 +16,7 @@ from tests.microedit_vllm.engine.dispatch_guards import ForbiddenError, NoAlloca
 
 D = 123
 SMALL = LaunchConfig(16, 32, 2, 4, 2, 32, 16, 4, 2)
-EVEN = replace(SMALL, even=True, overlap=True)
+EVEN = replace(SMALL, even=True, ahead=8, overlap=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -79,7 +79,7 @@ def exact_change(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """δ of every row in fp64, zero where a row is off; the norm of its terms without their signs.
 
-    An error may be a share of the latter: terms cancel.
+    An error may be a share of the latter: terms cancel. Beside bf16 values activations are bf16.
     """
     delta = torch.zeros(z.shape, dtype=torch.float64, device=z.device)
     terms = torch.zeros_like(delta)
@@ -89,29 +89,34 @@ def exact_change(
             latents = slice(starts[key], starts[key] + sets.sizes[key])
             pre = sets.W_enc[latents].double() @ z[row].double() + sets.bias[latents].double()
             acts = torch.where(pre > sets.theta[key].clamp(min=0), pre, 0.0)
-            delta[row] = acts @ sets.values[latents].double()
-            terms[row] = acts @ sets.values[latents].double().abs()
+            if sets.values.dtype == torch.bfloat16:
+                acts = acts.bfloat16().double()
+            delta[row] = acts @ sets.changes(latents).double()
+            terms[row] = acts @ sets.changes(latents).double().abs()
     return delta, terms.norm()
 
 
-def check(hidden, z, keys, sets, scratch=None, config=SMALL, tolerance=1e-5):
+def check(hidden, z, keys, sets, scratch=None, config=SMALL):
     """Run the kernels; compare rows that are on with fp64, and the bits of all others."""
     rows, offsets = plan(keys, len(sets.sizes), hidden.device)
     exact, size = exact_change(z, keys, sets)
     reference = grouped_edit_change(z, rows, offsets, sets)
     active = rows[: offsets[-1]].long()
-    assert (reference - exact[active]).norm() <= 1e-5 * size
+    narrow = sets.values.dtype == torch.bfloat16
+    assert (reference - exact[active]).norm() <= (2**-8 if narrow else 1e-5) * size
     before = hidden.clone()
     fresh = scratch is None
     scratch = scratch or poisoned(len(hidden), sets)
     kernel.add_edit_change(hidden, z, rows, offsets, sets, scratch, config)
     # The interpreter runs sets in order, so that a block reaching into the next set's rows would
     # be overwritten in time; behind the last set it shows.
-    assert not fresh or scratch.acts[:, len(active) :].isnan().all()
+    assert not fresh or scratch.acts[len(active) :].isnan().all()
     assert not fresh or scratch.pre_shares[:, len(active) :].isnan().all()
     off = torch.tensor([key < 0 for key in keys], dtype=torch.bool, device=hidden.device)
     assert torch.equal(bits(hidden[off]), bits(before[off]))
     error = (hidden.double() - before.double() - exact).norm()
+    # An activation in the middle between two of bf16 may be rounded to the other one.
+    tolerance = 1e-4 if narrow else 1e-5
     assert error <= tolerance * size, float(error / size)
     assert not scratch.pre_arrived.any()
     assert not scratch.delta_arrived.any()
@@ -136,15 +141,15 @@ def test_dtypes_of_weights_values_and_stream(dtype, values_dtype, stream, device
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stream_is_rounded_to_the_nearest(dtype, device):
-    sets = make_sets(device, [70], 64, torch.bfloat16)
+    sets = make_sets(device, [70], 64, torch.bfloat16, torch.float32)
     hidden, z = residuals(device, 7, 64, dtype)
     rows, offsets = plan([0] * 7, 1, device)
     exact = hidden.float() + grouped_edit_change(z, rows, offsets, sets)
     scratch = poisoned(7, sets)
     kernel.add_edit_change(hidden, z, rows, offsets, sets, scratch, SMALL)
-    # δ to 17 bits falls on the other side of a tie now and then; bits cut off would be half of all.
+    # Sums in another order fall on the other side of a tie; bits cut off would be half of all.
     torch.testing.assert_close(hidden.float(), exact.to(dtype).float(), rtol=1e-2, atol=1e-3)
-    assert (hidden != exact.to(dtype)).float().mean() < 0.1
+    assert (hidden != exact.to(dtype)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("alias", [True, False])
@@ -185,7 +190,7 @@ def test_no_rows_and_no_latents_launch_nothing(device):
 def test_weights_of_a_set_without_rows_are_not_used(device):
     """NaN weights would show: 0·NaN is NaN."""
     sets = make_sets(device, [40, 40, 40])
-    for weights in (sets.W_enc, sets.bias, sets.values):
+    for weights in (sets.W_enc, sets.bias, sets.values.transpose(0, 1)):
         weights[:40].fill_(math.nan)
         weights[80:].fill_(math.nan)
     hidden, z = residuals(device, 6)
@@ -229,19 +234,20 @@ def test_ties_zeros_and_values_that_are_not_finite(dtype, splits, device):
         hidden = torch.zeros_like(z)
         scratch = poisoned(len(special), sets)
         kernel.add_edit_change(hidden, z_rows, rows, offsets, sets, scratch, config)
-        torch.testing.assert_close(hidden, expected, rtol=2e-5, atol=0, equal_nan=True)
+        rtol = 2e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(hidden, expected, rtol=rtol, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [8, 64, 65])
 def test_configs_for_the_gpu_compute_the_same(rows, device):
-    sets = make_sets(device, [70, 65], 256, torch.bfloat16, tile=64, part=64)
+    sets = make_sets(device, [70, 65], 256, torch.bfloat16, tile=64, part=128)
     hidden, z = residuals(device, 18, 256)
     config = launch_config(rows, 5000, 4096)
     check(hidden, z.bfloat16(), [0, 1, -1] * 6, sets, config=config)
 
 
 @pytest.mark.parametrize(
-    ("multiprocessors", "longest", "splits"), [(9, 24, 1), (5, 32, 1), (132, 16, 4)]
+    ("multiprocessors", "longest", "splits"), [(9, 20, 1), (5, 32, 1), (132, 16, 4)]
 )
 def test_even_tiles_of_any_length_compute_the_same(multiprocessors, longest, splits, device):
     sizes = [37, 0, 130, 8]
@@ -264,7 +270,7 @@ def test_even_tiles_of_one_scratch_leave_nothing_to_the_next_batch(device):
 def test_the_chosen_config_fits_its_sets(rows, element_size):
     for latents, d in [(1, 5), (5000, 4096)]:
         config = launch_config(rows, latents, d, element_size)
-        assert 64 % config.delta_latents == 0
+        assert 128 % config.delta_latents == 0
         assert min(rows, 128) <= config.rows
 
 
@@ -304,8 +310,8 @@ class Recorder:
 def test_a_launch_allocates_nothing_and_reads_nothing_back(monkeypatch, device):
     """The kernels themselves are left out: the interpreter copies tensors."""
     acts, delta = Recorder(), Recorder()
-    monkeypatch.setattr(kernel, "_compute_acts", acts)
-    monkeypatch.setattr(kernel, "_add_delta", delta)
+    monkeypatch.setattr(kernel, "compute_acts", acts)
+    monkeypatch.setattr(kernel, "add_delta", delta)
     sets = make_sets(device, [37, 0, 130])
     hidden, z = residuals(device, 50)
     rows, offsets = plan([0, 1, 2, -1, 2] * 10, 3, device)
@@ -329,7 +335,7 @@ def test_misfits_are_refused(device):
         turned = z.T.contiguous().T
         kernel.add_edit_change(hidden, turned, rows, offsets, sets, scratch, SMALL)
     with pytest.raises(ValueError, match="don't divide"):
-        deep = replace(SMALL, delta_latents=64)
+        deep = replace(SMALL, delta_latents=128)
         kernel.add_edit_change(hidden, z, rows, offsets, sets, scratch, deep)
     with pytest.raises(ValueError, match="smaller ones"):
         larger = make_sets(device, [130])
@@ -340,9 +346,9 @@ def test_a_scratch_holds_what_its_docstring_says(device):
     scratch = EditChangeScratch.allocate(1000, make_sets(device, [37, 130]))
     assert scratch.rows == 256
     assert {f.name: getattr(scratch, f.name).shape for f in fields(scratch)} == {
-        "acts": (1, 384, 160),
-        "pre_shares": (8, 384, 160),
+        "acts": (384, 192),
+        "pre_shares": (8, 384, 192),
         "delta_shares": (3, 256, D),
         "pre_arrived": (16, 12),
-        "delta_arrived": (256, 4),
+        "delta_arrived": (16, 4, 4),
     }

@@ -1,5 +1,6 @@
 """The edit sets of a batch laid end to end, and how their latents are cut into programs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,10 @@ from torch import Tensor
 # A program's work: set, its latents [first, end), the first one's place within the set, which part
 # of the set this is and of how many.
 WORK_COLUMNS = 6
+# Columns of ΔW_edit that lie side by side in memory, latent after latent.
+VALUE_COLUMNS = 32
+# The second product's steps divide it.
+_MOST_STEP = 128
 # Where there is no device to ask: an H100's.
 _MULTIPROCESSORS = 132
 # Latents of an even tile at the least: with fewer it would read more of z than of the weights.
@@ -40,14 +45,18 @@ class GroupedSets:
 
     W_enc: encoder rows, [C, d].
     bias: b_enc − W_enc·b_dec, [C] fp32: what z·W_enc lacks to be the pre-activation.
-    values: ΔW_edit, [C, d].
+    values: ΔW_edit, [⌈d / 32⌉, C, 32]: a program reads its columns of one latent after another
+        from one stretch of memory. Zeros fill up the last columns.
     theta: [S] fp32.
     sizes: latents of each set.
     tile, part: latents of one program of the first and of the second product, at most.
+    step: what the second product reads at once divides it; parts begin at its multiples.
     tiles, parts: their work, [programs, 6] int32, see `WORK_COLUMNS`.
-    even_tiles: as `tiles`, but about as many as the device has multiprocessors, so that all of them
-        read an equal share; for batches so small that reading is all there is to do.
+    even_tile, even_tiles, even_parts: as those without "even", but about as many as the device has
+        multiprocessors, so that all of them read an equal share; for batches so small that reading
+        is all there is to do.
     even_splits: programs that share an even tile's d, where such tiles are too few.
+    shares, even_shares: parts that a set is cut into, at most.
     """
 
     W_enc: Tensor
@@ -57,10 +66,15 @@ class GroupedSets:
     sizes: tuple[int, ...]
     tile: int
     part: int
+    step: int
     tiles: Tensor
+    parts: Tensor
+    even_tile: int
     even_tiles: Tensor
     even_splits: int
-    parts: Tensor
+    even_parts: Tensor
+    shares: int
+    even_shares: int
 
     @property
     def d(self) -> int:
@@ -72,14 +86,23 @@ class GroupedSets:
         return max(self.sizes, default=0)
 
     @property
-    def max_parts(self) -> int:
-        """Parts that the largest set is cut into."""
-        return -(-self.max_latents // self.part)
-
-    @property
     def max_tiles(self) -> int:
         """Programs of the first product, however it is cut."""
         return max(len(self.tiles), len(self.even_tiles))
+
+    @property
+    def max_shares(self) -> int:
+        """Parts that a set is cut into, however that is done."""
+        return max(self.shares, self.even_shares)
+
+    @property
+    def max_parts(self) -> int:
+        """Programs of the second product that share its columns, however it is cut."""
+        return max(len(self.parts), len(self.even_parts))
+
+    def changes(self, latents: slice) -> Tensor:
+        """ΔW_edit of these latents as it was given, [latents, d]."""
+        return self.values[:, latents].transpose(0, 1).flatten(1)[:, : self.d]
 
     @classmethod
     def join(
@@ -101,21 +124,32 @@ class GroupedSets:
             ValueError: no set, sets that don't fit each other, or a cut that is none of the above.
         """
         _check(sets, tile, part)
-        device = sets[0].W_enc.device
+        device, d = sets[0].W_enc.device, sets[0].W_enc.shape[1]
         sizes = tuple(len(rows.W_enc) for rows in sets)
-        share = -(-sum(sizes) // (multiprocessors or _multiprocessors(device)))
+        programs = multiprocessors or _multiprocessors(device)
+        share = -(-sum(sizes) // programs)
+        even_tile = _even_tile(share, tile)
+        step = math.gcd(part, _MOST_STEP)
+        parts = _work(sizes, [_even(size, -(-size // part), step) for size in sizes])
+        most = programs // -(-d // VALUE_COLUMNS)
+        even_parts = _work(sizes, [_even(size, most, step) for size in sizes])
         return cls(
             W_enc=torch.cat([rows.W_enc for rows in sets]).contiguous(),
             bias=torch.cat([_folded_bias(rows) for rows in sets]),
-            values=torch.cat([rows.values for rows in sets]).contiguous(),
+            values=_side_by_side([rows.values for rows in sets]),
             theta=torch.tensor([rows.theta for rows in sets], dtype=torch.float32, device=device),
             sizes=sizes,
             tile=tile,
             part=part,
+            step=step,
             tiles=_work(sizes, [tile] * len(sizes)).to(device),
-            even_tiles=_work(sizes, [_even_tile(share, tile)] * len(sizes)).to(device),
+            parts=parts.to(device),
+            even_tile=even_tile,
+            even_tiles=_work(sizes, [even_tile] * len(sizes)).to(device),
             even_splits=1 if share > _FEWEST else _EVEN_SPLITS,
-            parts=_work(sizes, [_even(size, part, tile) for size in sizes]).to(device),
+            even_parts=even_parts.to(device),
+            shares=max(parts[:, 5].tolist(), default=0),
+            even_shares=max(even_parts[:, 5].tolist(), default=0),
         )
 
 
@@ -143,6 +177,14 @@ def _folded_bias(rows: EditRows) -> Tensor:
     return bias if rows.b_dec is None else bias - rows.W_enc.float() @ rows.b_dec.float()
 
 
+def _side_by_side(values: Sequence[Tensor]) -> Tensor:
+    """[⌈d / 32⌉, C, 32] of ΔW_edit."""
+    joined = torch.cat(tuple(values))
+    fill = -joined.shape[1] % VALUE_COLUMNS
+    padded = torch.nn.functional.pad(joined, (0, fill))
+    return padded.unflatten(1, (-1, VALUE_COLUMNS)).transpose(0, 1).contiguous()
+
+
 def _starts(sizes: Sequence[int]) -> list[int]:
     starts = [0]
     for size in sizes:
@@ -150,10 +192,9 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
-def _even(size: int, most: int, multiple: int) -> int:
-    """The length of a part, where the fewest parts of at most `most` are of about equal size."""
-    parts = max(1, -(-size // most))
-    return max(multiple, -(-size // (parts * multiple)) * multiple)
+def _even(size: int, parts: int, multiple: int) -> int:
+    """The length of so many parts of about equal size."""
+    return max(multiple, -(-size // (max(1, parts) * multiple)) * multiple)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -163,8 +204,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _even_tile(share: int, tile: int) -> int:
-    """Latents of a program whose share is that many: a multiple of 8, for wide stores."""
-    return min(max(-(-share // 8) * 8, _FEWEST), tile)
+    """Latents of a program whose share is that many: an even number, for its stores."""
+    return min(max(-(-share // 2) * 2, _FEWEST), tile)
 
 
 def _work(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:

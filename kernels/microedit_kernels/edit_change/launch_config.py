@@ -20,9 +20,12 @@ class LaunchConfig:
     rows: tokens of a block, in both.
     acts_d: depth of a step of the first product; acts_splits: programs that share its d.
     delta_d: columns of a program of the second product; delta_latents: depth of its steps, a
-        divisor of the sets' `tile`.
-    even: the first product is cut as `GroupedSets.even_tiles` says; `acts_splits` is not used.
-    overlap: the second kernel is set up while the first one runs; needs Hopper or later.
+        divisor of the sets' `step`.
+    even: the products are cut as `even_tiles` and `even_parts` of `GroupedSets` say, the latter for
+        a `delta_d` of 32; `acts_splits` is not used.
+    ahead: latents of ΔW_edit, 32 columns wide, that a program of the first product asks the L2
+        cache for; 0 before Hopper.
+    overlap: a kernel is set up while the one before it runs; needs Hopper or later.
     """
 
     rows: int
@@ -35,6 +38,7 @@ class LaunchConfig:
     delta_warps: int
     delta_stages: int
     even: bool = False
+    ahead: int = 0
     overlap: bool = False
 
     def __post_init__(self) -> None:
@@ -52,8 +56,8 @@ def launch_config(
     """The block sizes for at most `rows` active rows and sets of at most `max_latents`.
 
     Args:
-        element_size: bytes of the widest of the stream and the weights; 4 halves the steps, so
-            that they fit the shared memory.
+        element_size: bytes of the widest of the stream, the weights and the activations between
+            the products; 4 halves the steps, so that they fit the shared memory.
         hopper: for NVIDIA's Hopper and later; this machine's GPU decides when None.
     """
     config = LaunchConfig(**settings("edit_change", rows))
@@ -64,6 +68,7 @@ def launch_config(
         # less shared memory to hold steps ahead.
         config = replace(
             config,
+            ahead=0,
             delta_d=min(config.delta_d, 64),
             acts_stages=min(config.acts_stages, 4),
             delta_stages=min(config.delta_stages, 4),
@@ -74,5 +79,10 @@ def launch_config(
         # AMD has 64 KiB of shared memory: one step of a tile, while the next is on its way.
         config = replace(config, acts_stages=2, delta_stages=2)
     if element_size == 4:
-        config = replace(config, acts_d=config.acts_d // 2, delta_latents=config.delta_latents // 2)
+        config = replace(
+            config,
+            acts_d=config.acts_d // 2,
+            delta_d=min(config.delta_d, 64),
+            delta_latents=config.delta_latents // 2,
+        )
     return config

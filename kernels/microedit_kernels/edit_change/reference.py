@@ -56,6 +56,6 @@ def grouped_edit_change(z: Tensor, rows: Tensor, offsets: Tensor, sets: GroupedS
     for key, size in enumerate(sets.sizes):
         latents, mine = slice(first, first + size), slice(ends[key], ends[key + 1])
         pre = pre_acts(z[rows[mine].long()], sets.W_enc[latents], sets.bias[latents])
-        delta[mine] = threshold_acts(pre, float(sets.theta[key])) @ sets.values[latents].float()
+        delta[mine] = threshold_acts(pre, float(sets.theta[key])) @ sets.changes(latents).float()
         first += size
     return delta

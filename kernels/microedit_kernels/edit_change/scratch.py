@@ -20,7 +20,7 @@ MAX_ROWS_PER_LAUNCH = 256
 class EditChangeScratch:
     """Buffers between and within the two kernels, for so many rows at a time.
 
-    acts: activations, [2, rows, latents] bf16 (h = hi + lo) or [1, rows, latents] fp32.
+    acts: activations, [rows, latents], in bf16 where ΔW_edit is, else in fp32.
     pre_shares: shares of pre-activations, [splits of d, rows, latents] fp32.
     delta_shares: shares of δ, [parts of a set, rows, d] fp32.
     pre_arrived, delta_arrived: programs that have stored their share, int32; 0 between launches.
@@ -44,31 +44,35 @@ class EditChangeScratch:
         launched = max(1, min(max_rows, MAX_ROWS_PER_LAUNCH))
         # A block of rows is read in full, and it may begin at the last row.
         rows = launched + MAX_ROW_BLOCK
-        width = -(-max(sets.max_latents, 1) // sets.tile) * sets.tile
-        pair = sets.values.dtype == torch.bfloat16
-        acts_dtype = torch.bfloat16 if pair else torch.float32
+        width = -(-max(sets.max_latents, 1) // sets.step) * sets.step
         blocks = -(-launched // MIN_ROW_BLOCK)
         columns = -(-sets.d // MIN_BLOCK_D)
+
+        def counters(*shape: int) -> Tensor:
+            return torch.zeros(blocks, *shape, dtype=torch.int32, device=device)
+
         return cls(
-            acts=torch.empty(1 + pair, rows, width, dtype=acts_dtype, device=device),
+            acts=torch.empty(rows, width, dtype=_acts_dtype(sets), device=device),
             pre_shares=torch.empty(MAX_D_SPLITS, rows, width, device=device),
-            delta_shares=torch.empty(max(1, sets.max_parts), launched, sets.d, device=device),
-            pre_arrived=torch.zeros(
-                blocks, max(1, sets.max_tiles), dtype=torch.int32, device=device
-            ),
-            delta_arrived=torch.zeros(launched, columns, dtype=torch.int32, device=device),
+            delta_shares=torch.empty(max(1, sets.max_shares), launched, sets.d, device=device),
+            pre_arrived=counters(max(1, sets.max_tiles)),
+            delta_arrived=counters(max(1, sets.max_parts), columns),
         )
 
     def check_fits(self, sets: GroupedSets) -> None:
         """Raises ValueError where `sets` need larger buffers, or other dtypes."""
-        d, parts = self.delta_shares.shape[2], self.delta_shares.shape[0]
-        pair = sets.values.dtype == torch.bfloat16
+        width, (shares, _, d) = self.acts.shape[1], self.delta_shares.shape
         if (
             sets.d != d
-            or sets.max_latents > self.acts.shape[2]
-            or self.acts.shape[2] % sets.tile
-            or sets.max_parts > parts
+            or sets.max_latents > width
+            or width % sets.step
+            or sets.max_shares > shares
             or sets.max_tiles > self.pre_arrived.shape[1]
-            or pair != (self.acts.dtype == torch.bfloat16)
+            or sets.max_parts > self.delta_arrived.shape[1]
+            or self.acts.dtype != _acts_dtype(sets)
         ):
             raise ValueError("the edit sets don't fit a scratch that was made for smaller ones")
+
+
+def _acts_dtype(sets: GroupedSets) -> torch.dtype:
+    return torch.bfloat16 if sets.values.dtype == torch.bfloat16 else torch.float32
