@@ -42,7 +42,7 @@ class EditChangeScratch:
         """For batches of up to `max_rows` rows with `sets`, or with smaller ones cut alike."""
         device = sets.W_enc.device
         launched = max(1, min(max_rows, MAX_ROWS_PER_LAUNCH))
-        # A block of rows is read in full, and it may begin at the last row.
+        # A block of rows is read in full, beyond a launch's last row too.
         rows = launched + MAX_ROW_BLOCK
         width = -(-max(sets.max_latents, 1) // sets.step) * sets.step
         blocks = -(-launched // MIN_ROW_BLOCK)
