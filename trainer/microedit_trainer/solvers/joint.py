@@ -202,10 +202,11 @@ class JointSolver:
         rows, ridge = coded.rows, settings.ridge * coded.survey.mean_square
         origin = f"{problem.origin} {problem.sae.fingerprint}"
         before = KeptSolution(problem.targets_folder, name, origin)
-        start = None if is_quick(coded) else before.start(rows, coded.width)
+        facts = len(problem.facts)
+        start = None if is_quick(coded) else before.start(rows, coded.width, facts)
         system = ridge_system(coded, start is not None, watch)
         change = system.solve(ridge, start=start)
-        before.keep(rows, change)
+        before.keep(rows, change, facts)
         budget = self.budgets(len(problem.facts), problem.sae.num_latents)[name]
         if len(rows) > budget:
             kept = strongest_rows(change, coded.survey.rms[rows], budget)
