@@ -6,6 +6,7 @@ import torch
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers import executors, joint
 from microedit_trainer.solvers.joint import JointSolver, RidgeSettings
+from microedit_trainer.solvers.kept_solution import KeptSolution
 from microedit_trainer.solvers.ridge import IterativeSystem
 from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
@@ -221,12 +222,17 @@ def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae)
 
 def test_an_earlier_solution_is_a_start_and_leaves_no_trace(lm, sae, tmp_path, monkeypatch):
     """As in a large set: solved iteratively, from what the folder holds of another choice."""
-    starts = []
+    starts, real = [], KeptSolution.start
+
+    def start(self, *of):
+        found = real(self, *of)
+        starts.append(found is not None)
+        return found
 
     def iterative(coded, is_warm, watch):
-        starts.append(is_warm)
         return IterativeSystem.of(coded, watch)
 
+    monkeypatch.setattr(KeptSolution, "start", start)
     monkeypatch.setattr(joint, "is_quick", lambda coded: False)
     monkeypatch.setattr(joint, "ridge_system", iterative)
 

@@ -204,7 +204,8 @@ class JointSolver:
         before = KeptSolution(problem.targets_folder, name, origin)
         facts = len(problem.facts)
         start = None if is_quick(coded) else before.start(rows, coded.width, facts)
-        system = ridge_system(coded, start is not None, watch)
+        # An earlier solution shortens every way, but to a few steps only the one with a factor.
+        system = ridge_system(coded, False, watch)
         change = system.solve(ridge, start=start)
         before.keep(rows, change, facts)
         budget = self.budgets(len(problem.facts), problem.sae.num_latents)[name]

@@ -31,7 +31,7 @@ DENSE_BYTES = 3 << 30
 # How long a multiply-add takes, in those of an fp32 matrix product, measured on one core: 95
 # GFLOP/s, against 45 in fp64 and 35 through an index.
 FP64_COST, GATHER_COST = 2.0, 3.0
-# Steps of conjugate gradients: with an earlier solution to start from, else by c/d.
+# Steps of conjugate gradients: from a start near the solution, else by c/d.
 WARM_STEPS, LEAST_STEPS, STEPS_PER_BLOCK = 7, 4, 1.0
 # Steps that bring back the digits which a factor in fp32 lacks.
 REFINING_STEPS = 4
