@@ -147,7 +147,7 @@ def apart(scale: Scale, facts: list[Fact], targets: Path) -> list[float]:
     the budget is less, on the strongest."""
     found: list[float] = []
 
-    def system(coded: CodedTerms, is_warm: bool, watch: Watch) -> System:
+    def system(coded: CodedTerms, watch: Watch) -> System:
         return BothWays(coded, watch, found)
 
     with patch.object(joint, "ridge_system", system):

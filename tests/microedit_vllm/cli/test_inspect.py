@@ -1,24 +1,15 @@
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.builders import tiny_edit_set, tiny_sae
-
-MICROEDIT = Path(sys.executable).with_name("microedit")
+from tests.command_line import ended
 
 
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [MICROEDIT, "inspect", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "160"},
-    )
+    return ended("inspect", *arguments, COLUMNS="160")
 
 
 @pytest.fixture

@@ -2,44 +2,36 @@
 
 import errno
 import os
-import subprocess
-import sys
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 
 from microedit_vllm import __version__
 from microedit_vllm.cli import main as command_line
 from microedit_vllm.errors import MicroEditError
-
-MICROEDIT = Path(sys.executable).with_name("microedit")
-
-
-def microedit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([MICROEDIT, *arguments], capture_output=True, text=True, check=False)
+from tests.command_line import ended
 
 
 def test_version():
-    result = microedit("--version")
+    result = ended("--version")
     assert (result.returncode, result.stdout) == (0, f"microedit {__version__}\n")
 
 
 def test_no_sub_command_shows_the_help():
-    result = microedit()
+    result = ended()
     assert "inspect" in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_help_lists_every_sub_command():
-    result = microedit("--help")
+    result = ended("--help")
     assert result.returncode == 0
     for name in ("sae", "edit", "eval", "inspect", "verify", "demo"):
         assert name in result.stdout
 
 
 def test_a_wrong_sub_command_is_a_usage_error():
-    result = microedit("edti")
+    result = ended("edti")
     assert result.returncode == 2
     assert "No such command" in result.stderr
 

@@ -148,7 +148,7 @@ def test_a_heavier_term_is_met_more_closely():
 
     def error(weight: float) -> float:
         first, second = term(8, weight, 0), term(8, 1.0, 1)
-        change = ridge_system(coded(encode, [first, second]), False, unwatched).solve(1e-3)
+        change = ridge_system(coded(encode, [first, second]), unwatched).solve(1e-3)
         return float((encode(first.z) @ change - first.wanted).norm())
 
     assert error(100.0) < error(1.0) < error(0.01)
@@ -161,7 +161,7 @@ def test_an_empty_term_changes_nothing(way):
     assert torch.equal(both.solve(0.1), alone.solve(0.1))
 
 
-def chosen(tokens, rows, nonzeros, is_warm=False):
+def chosen(tokens, rows, nonzeros):
     """The way that is taken for a problem of this size, at d = 576."""
 
     class Sized:
@@ -170,7 +170,7 @@ def chosen(tokens, rows, nonzeros, is_warm=False):
 
     sized = Sized()
     sized.tokens, sized.rows, sized.nonzeros = tokens, range(rows), tokens * nonzeros
-    costs = ridge._costs(sized, is_warm)
+    costs = ridge._costs(sized)
     return min(costs, key=costs.__getitem__).__self__
 
 

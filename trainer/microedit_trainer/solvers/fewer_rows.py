@@ -38,6 +38,6 @@ def carry_over(
     rows = coded.rows
     change = W_dec[rows] - sae.W_dec[rows]
     kept = strongest_rows(change, coded.survey.rms[rows], count)
-    system = ridge_system(coded, is_warm=True, watch=watch)
+    system = ridge_system(coded, watch)
     ridge = RIDGE * coded.survey.mean_square
     return rows[kept], system.solve(ridge, kept, start=change[kept])

@@ -202,12 +202,10 @@ class JointSolver:
         rows, ridge = coded.rows, settings.ridge * coded.survey.mean_square
         origin = f"{problem.origin} {problem.sae.fingerprint}"
         before = KeptSolution(problem.targets_folder, name, origin)
-        facts = len(problem.facts)
-        start = None if is_quick(coded) else before.start(rows, coded.width, facts)
-        # An earlier solution shortens every way, but to a few steps only the one with a factor.
-        system = ridge_system(coded, False, watch)
+        start = None if is_quick(coded) else before.start(rows, coded.width)
+        system = ridge_system(coded, watch)
         change = system.solve(ridge, start=start)
-        before.keep(rows, change, facts)
+        before.keep(rows, change)
         budget = self.budgets(len(problem.facts), problem.sae.num_latents)[name]
         if len(rows) > budget:
             kept = strongest_rows(change, coded.survey.rms[rows], budget)

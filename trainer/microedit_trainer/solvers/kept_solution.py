@@ -8,10 +8,6 @@ from torch import Tensor
 
 from microedit_trainer.solvers.resume import read_checkpoint, write_checkpoint
 
-# A start that was of so many more or fewer facts is as far from the solution as 0 is, and
-# the way that is fastest from a near one is not the way from there.
-_MOST_OTHERS = 0.1
-
 
 class KeptSolution:
     """One change's D by decoder row, in a folder that outlives the run: 4·c·d bytes.
@@ -28,15 +24,10 @@ class KeptSolution:
         digest = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._path = folder and folder / f"solution-{name}-{digest}.safetensors"
 
-    def start(self, rows: Tensor, width: int, facts: int) -> Tensor | None:
-        """D over the given rows, ascending [c] → [c, d] fp32; 0 for rows that it did not have.
-
-        None where there is none, or one of far more or fewer facts.
-        """
+    def start(self, rows: Tensor, width: int) -> Tensor | None:
+        """D over the given rows, ascending [c] → [c, d] fp32; 0 for rows that it did not have."""
         kept = read_checkpoint(self._path) if self._path else None
-        if not kept or kept.keys() != {"rows", "values", "facts"}:
-            return None
-        if abs(int(kept["facts"]) - facts) > _MOST_OTHERS * facts:
+        if not kept or kept.keys() != {"rows", "values"}:
             return None
         old, values = kept["rows"].to(rows.device), kept["values"].to(rows.device)
         if values.shape != (len(old), width) or not len(old):
@@ -48,8 +39,7 @@ class KeptSolution:
         found[place[old[known]]] = values[known]
         return found
 
-    def keep(self, rows: Tensor, change: Tensor, facts: int) -> None:
+    def keep(self, rows: Tensor, change: Tensor) -> None:
         """Take the place of the solution before."""
         if self._path:
-            tensors = {"rows": rows, "values": change, "facts": torch.tensor(facts)}
-            write_checkpoint(self._path, tensors)
+            write_checkpoint(self._path, {"rows": rows, "values": change})

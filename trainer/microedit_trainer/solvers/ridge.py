@@ -31,8 +31,8 @@ DENSE_BYTES = 3 << 30
 # How long a multiply-add takes, in those of an fp32 matrix product, measured on one core: 95
 # GFLOP/s, against 45 in fp64 and 35 through an index.
 FP64_COST, GATHER_COST = 2.0, 3.0
-# Steps of conjugate gradients: from a start near the solution, else by c/d.
-WARM_STEPS, LEAST_STEPS, STEPS_PER_BLOCK = 7, 4, 1.0
+# Steps of conjugate gradients, by c/d. A start near the solution saves a third of them at most.
+LEAST_STEPS, STEPS_PER_BLOCK = 4, 1.0
 # Steps that bring back the digits which a factor in fp32 lacks.
 REFINING_STEPS = 4
 # What else a step takes: so many products of [c, d] by [d, d].
@@ -175,24 +175,23 @@ def _iterate(
 
 def is_quick(coded: CodedTerms) -> bool:
     """Whether a solution to start from is not worth its while: some seconds on one core."""
-    return min(_costs(coded, is_warm=False).values()) < QUICK
+    return min(_costs(coded).values()) < QUICK
 
 
-def ridge_system(coded: CodedTerms, is_warm: bool, watch: Watch) -> System:
+def ridge_system(coded: CodedTerms, watch: Watch) -> System:
     """The fastest system within the memory that it may take.
 
     Args:
-        is_warm: whether a solution will be there to start from.
         watch: shown how far it is: share and note.
     """
-    costs = _costs(coded, is_warm)
+    costs = _costs(coded)
     return min(costs, key=costs.__getitem__)(coded, watch)
 
 
-def _costs(coded: CodedTerms, is_warm: bool) -> dict[Callable[[CodedTerms, Watch], System], float]:
+def _costs(coded: CodedTerms) -> dict[Callable[[CodedTerms, Watch], System], float]:
     """The ways that keep to the memory, each with its multiply-adds as of a product in fp32."""
     tokens, rows, width = coded.tokens, len(coded.rows), coded.width
-    steps = WARM_STEPS if is_warm else LEAST_STEPS + STEPS_PER_BLOCK * rows / width
+    steps = LEAST_STEPS + STEPS_PER_BLOCK * rows / width
     # H·D and Hᵀ·R; with codes that are not kept they are made first.
     product = GATHER_COST * 2 * coded.nonzeros if coded.is_kept else 3.0 * tokens * rows
     step = width * (product + PANEL_PRODUCTS * rows * width)
