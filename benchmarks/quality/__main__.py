@@ -25,6 +25,7 @@ from benchmarks.quality.tables import (
     contexts,
     main,
     ordinary,
+    paraphrases,
     saes,
     selfcheck,
 )
@@ -34,7 +35,8 @@ from microedit_trainer.demo.smollm2 import prepare_smollm2
 from microedit_vllm.errors import MicroEditError
 
 TABLES = {
-    table.NAME: table for table in (main, contexts, ordinary, selfcheck, budgets, ablations, saes)
+    table.NAME: table
+    for table in (main, paraphrases, contexts, ordinary, selfcheck, budgets, ablations, saes)
 }
 
 

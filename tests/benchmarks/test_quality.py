@@ -24,12 +24,14 @@ from benchmarks.quality.tables import (
     contexts,
     main,
     ordinary,
+    paraphrases,
     saes,
     selfcheck,
 )
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.edit_run import EditRun
 from microedit_trainer.facts import Fact, Probe
+from microedit_trainer.solvers.targets import TargetSettings
 from microedit_vllm.artifact import Scope
 from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_sae
@@ -249,10 +251,24 @@ def test_tables_are_built_from_their_experiments(lab):
         ["3 ZsRE", "joint", "bare"],
         ["2 ZsRE", "sequential", "bare"],
     ]
-    for table in (main, selfcheck, budgets):
+    for table in (main, paraphrases, selfcheck, budgets):
         found = table.section(lab, plan)
         assert {len(line) for line in found.lines} == {len(found.header)}
         assert all(image.startswith(b"\x89PNG") for image in found.pictures.values())
+
+
+@pytest.mark.parametrize(("tau", "same"), [(1e3, "always_on"), (1e-3, "unedited")])
+def test_paraphrases_are_served_as_the_switch_says(lab, monkeypatch, tau, same):
+    """Here they are the prompts themselves, for which a target of one's own answers."""
+    strong = TargetSettings(steps=100, lr=0.3, penalty=0.05)
+    facts = [replace(fact, paraphrases=(fact.prompt,)) for fact in FACTS[:3]]
+    monkeypatch.setattr(paraphrases, "TargetSettings", lambda: strong)
+    monkeypatch.setattr(Records, "split", lambda *_: Split(facts, (), (), ()))
+    own = replace(lab, records=Records(lab.records.folder))
+    experiment = Experiment(zsre(3), options={"targets": strong}, settings={"tau": tau})
+    found = paraphrases._by_records(own, experiment)["3 ZsRE"]
+    assert (found["count"], found["on"], found["own_target"]) == (3, float(tau > 1), 1.0)
+    assert found["served"] == found[same] and found["always_on"] > found["unedited"]
 
 
 @pytest.mark.parametrize(("fires", "shown"), [(2, "2 of 1000"), (3, "**3 of 1000** (> 2)")])

@@ -34,6 +34,7 @@ FACTS = (
 JOINT = JointSolver(
     scoring=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
     edit=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
+    swapped_weight=0.003,
     targets=TargetSettings(steps=100, lr=0.3, penalty=0.05, learnt=0.01, batch=2),
 )
 SEQUENTIAL = SequentialSolver(alpha=240.0, lr=0.02, steps_rec=10, steps_edit=10, checkpoint_every=1)

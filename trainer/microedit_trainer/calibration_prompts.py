@@ -52,12 +52,11 @@ class CalibrationPrompts:
         """
 
         def scored(prompt: str) -> tuple[int, ...]:
-            rendered = self.contexts.render(self.names[0], prompt)
-            return rendered.prompt_ids[slice(*rendered.scored)]
+            return self.contexts.render(self.names[0], prompt).scored_ids
 
         own = {scored(fact.prompt) for fact in facts}
         others = swap_subjects(facts, unedited_subjects(self.hold_out))
-        seen = [prompt for prompt in others if scored(prompt) not in own]
+        seen = [other.prompt for other in others if scored(other.prompt) not in own]
         return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
 
     def golden(self, engine: TorchEngine, facts: Sequence[Fact]) -> tuple[GoldenPrompt, ...]:
@@ -89,6 +88,11 @@ def ordinary_lines() -> list[str]:
 def unedited_subjects(others: Sequence[Fact]) -> list[str]:
     """What else a fact's wording could be about: other records' subjects, else shipped names."""
     return [f.subject for f in others if f.subject] or _shipped_lines("subjects.txt")
+
+
+def other_subjects() -> list[str]:
+    """Shipped names that τ never meets: what the scoring change may learn to leave alone."""
+    return _shipped_lines("other_subjects.txt")
 
 
 def _shipped_lines(name: str) -> list[str]:

@@ -39,6 +39,11 @@ class PromptTokens:
     def edit_from(self) -> int:
         return len(self.prompt_ids) - 1
 
+    @property
+    def scored_ids(self) -> tuple[int, ...]:
+        """The tokens that the switch looks at."""
+        return self.prompt_ids[slice(*self.scored)]
+
 
 @dataclass(frozen=True)
 class Contexts:

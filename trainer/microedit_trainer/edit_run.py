@@ -17,11 +17,12 @@ from torch import Tensor
 from microedit_trainer.activations import SINK_FACTOR
 from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
 from microedit_trainer.calibration_prompts import CalibrationPrompts, ordinary_lines
-from microedit_trainer.contexts import ContextName, Contexts, PromptTokens, rewordings
+from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.device_turns import DeviceTurns
 from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest
 from microedit_trainer.language_model import LanguageModel, Progress
+from microedit_trainer.other_wordings import OtherWordings
 from microedit_trainer.residual_store import HELD_BYTES, ResidualStore
 from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
 from microedit_trainer.solvers.problem import Stages, no_stages
@@ -132,7 +133,9 @@ class EditRun:
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
         stored, ordinary = self._stored(prompts, stages), self._ordinary_tokens()
-        reworded = self._reworded(facts, stages) if self.settings.solver.uses_rewordings else []
+        others = OtherWordings(self.contexts, self.context_names, self._residuals, stages)
+        reworded = others.reworded(facts) if self.settings.solver.uses_rewordings else []
+        swapped = others.swapped(facts, self.settings.solver.swapped_wordings(len(facts)))
         with self.turns.solving() as sae:
             problem = EditProblem(
                 lm=self.lm,
@@ -141,6 +144,7 @@ class EditRun:
                 facts=stored,
                 reworded=reworded,
                 ordinary=ordinary,
+                swapped=swapped,
                 work_folder=work,
                 targets_folder=self.settings.targets,
                 origin=json.dumps(
@@ -153,7 +157,7 @@ class EditRun:
         draft = self._draft(facts, solution, _golden_z(stored, ordinary), out)
         own = [[prompt.to("cpu") for prompt in fact] for fact in stored]
         # Gigabytes of many facts, which would lie on the device beside the model.
-        del problem, stored, reworded
+        del problem, stored, reworded, swapped
         edit_set = self._finish(facts, own, draft, solution, time.monotonic() - started, stages)
         edit_set.save(out)
         shutil.rmtree(work, ignore_errors=True)
@@ -206,21 +210,6 @@ class EditRun:
         flat = [p for rendered in prompts for p in rendered]
         stored = iter(self._residuals.of(flat, shown))
         return [[next(stored) for _ in rendered] for rendered in prompts]
-
-    def _reworded(self, facts: Sequence[Fact], stages: Stages) -> list[Tensor]:
-        """z of each prompt in other words, as in `EditProblem.reworded`."""
-        rendered = [
-            [self.contexts.render(name, words) for words in rewordings(fact.prompt)]
-            for name in self.context_names
-            for fact in facts
-        ]
-        flat = [prompt for others in rendered for prompt in others]
-
-        def shown(done: int, total: int) -> None:
-            stages("other words", done / total, f"{total} prompts")
-
-        found = self._residuals.decisions_of(flat, shown)
-        return list(found.split([len(others) for others in rendered]))
 
     def _norm(self) -> float:
         """The median residual norm over the shipped ordinary prompts, for a foreign SAE."""

@@ -267,7 +267,7 @@ def evaluate(
     near, fire_near = _agreement(engine, [render(f.prompt, f.target) for f in others])
     if subjects is None:
         subjects = [other.subject for other in others if other.subject]
-    swapped = [render(p, facts[0].target) for p in swap_subjects(facts, subjects)]
+    swapped = [render(f.prompt, facts[0].target) for f in swap_subjects(facts, subjects)]
     near_swapped, fire_swapped = _agreement(engine, swapped)
     assert rel is not None and rel_exact is not None
     return Scores(

@@ -40,6 +40,7 @@ def plan(joint: bool, facts: int, offload: bool = True) -> EditPlan:
         longest=70,
         edited=4 * prompts,
         reworded=2 * joint,
+        swapped=min(facts, 2000) * joint,
         scored=15 * prompts,
         ordinary=3000 * joint,
         checked=2 * facts * (15 + 45 * joint),
@@ -126,6 +127,16 @@ def test_on_a_cpu_nothing_waits(llama3_8b):
     )
     assert waiting == staying
     assert waiting[0].device["model"] == 2 * 8_030_261_248
+
+
+def test_wordings_about_other_subjects_are_stored_and_scored_too(llama3_8b):
+    own = replace(plan(True, 4000), swapped=0)
+    half = plan(True, 4000)
+    # Half of the facts, each in two contexts of 60 tokens together, 30 of them scored.
+    assert half.held - own.held == half.run_below - own.run_below == 2000 * 60
+    assert half.scored_in_all - own.scored_in_all == 2000 * 30
+    stored = [edit_stages(llama3_8b, p, "cuda")[1].device["residuals"] for p in (own, half)]
+    assert stored[1] - stored[0] == 2000 * 60 * 4096 * 2
 
 
 def test_time_grows_with_what_is_done(llama3_8b):

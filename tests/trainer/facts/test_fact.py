@@ -26,15 +26,16 @@ def test_subjects_are_swapped_within_the_same_wording():
         Fact("Rome, oh Rome", "x", "Rome"),
     ]
     assert swap_subjects(facts, ["Peru", "Chess"]) == [
-        "The capital of Peru is",
-        "Who invented the Chess?",
-        "Peru, oh Peru",
+        Fact("The capital of Peru is", "", "Peru"),
+        Fact("Who invented the Chess?", "", "Chess"),
+        Fact("Peru, oh Peru", "", "Peru"),
     ]
 
 
 def test_no_prompt_is_swapped_to_an_edited_subject():
     facts = [Fact("Capital of Australia", "x", "Australia"), Fact("King of Peru", "x", "Peru")]
-    assert swap_subjects(facts, ["PERU", "Chile"]) == ["Capital of Chile", "King of Chile"]
+    swapped = swap_subjects(facts, ["PERU", "Chile"])
+    assert [fact.prompt for fact in swapped] == ["Capital of Chile", "King of Chile"]
     assert swap_subjects(facts, ["Peru", "australia"]) == []
     assert swap_subjects(facts, []) == []
     assert swap_subjects([], ["Chile"]) == []

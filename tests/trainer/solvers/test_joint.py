@@ -8,6 +8,7 @@ from microedit_trainer.solvers import executors, joint
 from microedit_trainer.solvers.joint import JointSolver, RidgeSettings
 from microedit_trainer.solvers.kept_solution import KeptSolution
 from microedit_trainer.solvers.ridge import IterativeSystem
+from microedit_trainer.solvers.sparse_codes import dense_codes
 from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
 from microedit_vllm.artifact import DecoderChange
@@ -218,6 +219,34 @@ def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae)
         return (change - wanted.repeat_interleave(2, 0)).square().sum()
 
     assert error(found) < 0.8 * error(solution)
+
+
+def test_wordings_about_other_subjects_are_held(lm, sae, problem, solution):
+    """What the scoring change adds to them shrinks; the facts' own ARD stays low."""
+    names = dict(zip((fact.subject for fact in FACTS), COUNTRIES, strict=True))
+    others = [
+        Fact(fact.prompt.replace(fact.subject, names[fact.subject]), "x", names[fact.subject])
+        for fact in FACTS
+    ]
+    prompts = [p for fact in stored_prompts(lm, sae, others) for p in fact]
+    swapped = torch.cat([p.z[p.identifying] for p in prompts])
+    held = replace(JOINT, swapped_weight=1.0)
+    found = held.solve(replace(problem, swapped=swapped), no_progress)
+    codes = dense_codes(*sae.encode(swapped), sae.num_latents)
+
+    def added(of):
+        change = of.scoring
+        return float((codes[:, change.indices.long()] @ change.values.float()).square().sum())
+
+    assert added(found) < 0.2 * added(solution)
+    operator = operator_of(found, sae)
+    assert max(float(operator.ard(*operator.distances(p.z[p.scored]))) for p in flat(problem)) < 0.6
+
+
+def test_wordings_about_other_subjects_are_wanted_in_large_sets_so_many_at_most():
+    wanted = [JointSolver().swapped_wordings(facts) for facts in (1000, 1001, 10**4)]
+    assert wanted == [0, 1001, 2000]
+    assert JointSolver(swapped_weight=0).swapped_wordings(10**4) == 0
 
 
 def test_an_earlier_solution_is_a_start_and_leaves_no_trace(lm, sae, tmp_path, monkeypatch):

@@ -113,6 +113,14 @@ def edit(
             "time and costs Gen.",
         ),
     ] = 0.5,
+    swapped_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="joint, of more than 1,000 facts: weight of their wordings about other subjects, "
+            "which shall not switch on; 0 does without, which saves time and costs Gen.",
+        ),
+    ] = 10.0,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="sequential: α of ARD; default: the SAE's mean ‖ẑ−z‖².")
@@ -175,6 +183,7 @@ def edit(
             JointSolver(
                 rows_per_fact=encoder.num_latents if rows_per_fact == 0 else rows_per_fact,
                 reworded_weight=reworded_weight,
+                swapped_weight=swapped_weight,
             ),
             Scope(),
         )

@@ -38,6 +38,7 @@ class EditPlan:
         tokens: prompt and answer of all prompts; longest: the most of one.
         edited: positions with a target; scored: those that the switch looks at.
         reworded: other wordings of each prompt, each with one target.
+        swapped: facts whose wordings are held about another subject.
         ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
         latents, k: the SAE's. rows: budget of each change of the joint solver.
         steps: of Adam, for a target or a fact.
@@ -52,6 +53,7 @@ class EditPlan:
     longest: int
     edited: int
     reworded: int
+    swapped: int
     scored: int
     ordinary: int
     checked: int
@@ -69,6 +71,25 @@ class EditPlan:
     def edited_in_all(self) -> int:
         """Positions with a target, in the prompt's own and in other wordings."""
         return self.edited + self.prompts * self.reworded
+
+    @property
+    def held(self) -> int:
+        """Tokens whose residuals the solver gets, the ordinary ones aside."""
+        return self.tokens + self.prompts * self.reworded + self._swapped_of(self.tokens)
+
+    @property
+    def scored_in_all(self) -> int:
+        """Scored positions, those of the wordings about other subjects among them."""
+        return self.scored + self._swapped_of(self.scored)
+
+    @property
+    def run_below(self) -> int:
+        """Tokens that the layers up to l run over before the solve."""
+        reworded = self.tokens * self.reworded
+        return self.tokens + reworded + self._swapped_of(self.tokens) + self.ordinary
+
+    def _swapped_of(self, count: int) -> int:
+        return count * self.swapped // self.facts
 
     def changed_rows(self) -> int:
         """Decoder rows of a change, at most."""
@@ -106,8 +127,7 @@ def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:
     waiting = model.waiting(plan.layer) if offload else 0
     sae = 2 * plan.latents * d * 4
     beside = {} if offload else {"SAE": sae}
-    held = plan.tokens + plan.prompts * plan.reworded
-    kept = {"residuals": held * d * b + plan.ordinary * d * 4}
+    kept = {"residuals": plan.held * d * b + plan.ordinary * d * 4}
     lower = {"model": model.weights, "activations": model.activations(_batch(plan, STORED_AT_ONCE))}
     upper = {"model": model.weights - waiting, "SAE": sae}
     solver = _joint(model, plan) if plan.joint else _sequential(model, plan)
@@ -140,7 +160,7 @@ def ridge_bytes(tokens: int, rows: int, d: int) -> int:
 
 def _joint(model: ModelSize, plan: EditPlan) -> dict[str, int]:
     d, n = model.hidden_size, plan.latents
-    tokens = plan.ordinary + max(plan.edited_in_all, plan.scored)
+    tokens = plan.ordinary + max(plan.edited_in_all, plan.scored_in_all)
     answers = _answers(plan, STORED_AT_ONCE)
     batch = _batch(plan, STORED_AT_ONCE)
     return {
@@ -204,8 +224,8 @@ def edit_seconds(
     # Forward, and backward in z alone: twice a forward.
     runs = plan.steps * (4 * above * plan.tokens + 4 * head * plan.edited) / solver_flops
     if plan.joint:
-        coded = 3 * (plan.edited_in_all + plan.scored) + 2 * plan.ordinary
-        scoring = plan.ordinary + plan.scored
+        coded = 3 * (plan.edited_in_all + plan.scored_in_all) + 2 * plan.ordinary
+        scoring = plan.ordinary + plan.scored_in_all
         edit = plan.ordinary + plan.edited_in_all
         solves = _ridge_operations(scoring, scoring * plan.k, plan.latents, d)
         active = int(ACTIVE_SHARE * plan.latents)
@@ -214,9 +234,8 @@ def edit_seconds(
     else:
         solving = runs + plan.tokens * encode
     checked = plan.checked + plan.tokens
-    stored = plan.tokens * (1 + plan.reworded) + plan.ordinary
     return {
-        "storing residuals": 2 * below * stored / model_flops,
+        "storing residuals": 2 * below * plan.run_below / model_flops,
         "solving": solving,
         "calibrating": checked * ((2 * below + 2 * above) / model_flops + 2 * encode)
         + 2 * head * plan.edited / model_flops,

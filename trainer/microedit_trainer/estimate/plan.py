@@ -60,6 +60,7 @@ def plan_edit(
         longest=max(own.longest, others.longest, unchanged.longest, unrelated.longest),
         edited=own.edited,
         reworded=len(rewordings("?")) if solver.uses_rewordings else 0,
+        swapped=solver.swapped_wordings(len(facts)),
         scored=own.scored,
         ordinary=unchanged.tokens if solver.holds_ordinary else 0,
         checked=checked,

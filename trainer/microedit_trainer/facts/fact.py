@@ -57,21 +57,23 @@ def find_conflicts(facts: Sequence[Fact]) -> dict[int, list[str]]:
     return dict(notes)
 
 
-def swap_subjects(facts: Sequence[Fact], subjects: Sequence[str]) -> list[str]:
+def swap_subjects(facts: Sequence[Fact], subjects: Sequence[str]) -> list[Fact]:
     """The facts' own prompts about something that was not edited: what must not switch on.
 
     Args:
         subjects: what to ask about instead, taken in turn.
 
     Returns:
-        one prompt for each fact that names a subject occurring in its prompt.
+        one prompt, with its subject and no answer, for each fact that names a subject occurring in
+        its prompt.
     """
     known = {fact.subject.casefold() for fact in facts if fact.subject}
     free = [s for s in subjects if s.casefold() not in known]
     named = [(f.prompt, f.subject) for f in facts if f.subject and f.subject in f.prompt]
     if not free:
         return []
+    others = [free[index % len(free)] for index in range(len(named))]
     return [
-        prompt.replace(subject, free[index % len(free)])
-        for index, (prompt, subject) in enumerate(named)
+        Fact(prompt.replace(subject, other), "", other)
+        for (prompt, subject), other in zip(named, others, strict=True)
     ]

@@ -29,6 +29,8 @@ class EditProblem:
         reworded: per prompt of `facts`, context by context, z at the decision position of each
             of its rewordings, [W, d]; empty where the solver wants none.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
+        swapped: residuals of the facts' wordings about other subjects, from the subject on, [N, d]:
+            what must not switch on; None where the solver wants none.
         work_folder: where a solver keeps what lets a stopped run resume.
         targets_folder: where the joint solver keeps targets and its solution for later runs; None
             keeps the targets in the work folder.
@@ -46,6 +48,7 @@ class EditProblem:
     targets_folder: Path | None = None
     origin: str = ""
     reworded: Sequence[Tensor] = ()
+    swapped: Tensor | None = None
     executor: Executor = field(default_factory=InProcess)
     stages: Stages = no_stages
 
@@ -83,6 +86,9 @@ class Solver(Protocol):
     @property
     def uses_rewordings(self) -> bool:
         """Whether it makes use of `EditProblem.reworded`."""
+
+    def swapped_wordings(self, facts: int) -> int:
+        """Of so many facts, how many wordings at most `EditProblem.swapped` shall hold."""
 
     def hyperparameters(self) -> dict[str, Any]:
         """What the edit set records."""

@@ -81,6 +81,9 @@ class SequentialSolver:
     def uses_rewordings(self) -> bool:
         return False
 
+    def swapped_wordings(self, facts: int) -> int:
+        return 0
+
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -1,0 +1,107 @@
+"""What becomes of the paraphrases of all records: is it the switch, or what the edit knows?"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.figures import percent, score
+from benchmarks.quality.lab import Lab
+from benchmarks.quality.page import Section
+from benchmarks.quality.plan import Plan
+from benchmarks.quality.records import in_words
+from benchmarks.quality.store import Figures
+from benchmarks.quality.tables.experiments import main_experiments
+from microedit_trainer.contexts import Contexts, PromptTokens
+from microedit_trainer.evaluation import TorchEngine
+from microedit_trainer.facts import Fact
+from microedit_trainer.solvers.targets import TargetSettings, solve_targets
+from microedit_trainer.stored_residuals import StoredPrompt, predictions
+
+NAME = "paraphrases"
+TEXT = """
+The largest set of the main table, asked bare, each data set's paraphrases apart. *Always on* is
+Gen with every switch on, whatever τ: what the edit change knows. *Own target* is Gen with the
+residual change that was solved for the edited prompt, put in where the paraphrase is answered:
+what an edit could do that were told which fact is asked about.
+"""
+HEADER = ("records", "paraphrases", "on", "unedited", "Gen", "always on", "own target")
+
+
+def section(lab: Lab, plan: Plan) -> Section:
+    """Build it."""
+    experiment = main_experiments(plan)["all"]
+    lab.say(f"paraphrases: {in_words(experiment.facts)}")
+    found = lab.row(NAME, experiment, partial(_by_records, lab, experiment))
+    lines = [
+        [
+            records,
+            str(figures["count"]),
+            percent(figures["on"]),
+            *(score(figures[name]) for name in ("unedited", "served", "always_on", "own_target")),
+        ]
+        for records, figures in found.items()
+    ]
+    return Section(NAME, "Paraphrases", TEXT, HEADER, lines)
+
+
+def _by_records(lab: Lab, experiment: Experiment) -> Figures:
+    """Figures of each data set's facts, by its name."""
+    engine, contexts = lab.engine(experiment), lab.contexts(experiment)
+    facts = iter(lab.split(experiment).edited)
+    return {
+        in_words((chosen,)): _figures(engine, contexts, [next(facts) for _ in range(chosen[1])])
+        for chosen in experiment.facts
+    }
+
+
+@torch.no_grad()
+def _figures(engine: TorchEngine, contexts: Contexts, facts: Sequence[Fact]) -> Figures:
+    def render(fact: Fact, prompt: str) -> PromptTokens:
+        return contexts.render("bare", prompt, fact.target, fact.subject)
+
+    asked = [(fact, words) for fact in facts for words in fact.paraphrases]
+    stored = engine.store.of([render(*one) for one in asked])
+    edited = engine.store.of([render(fact, fact.prompt) for fact, _ in asked])
+    outcomes = engine.outcomes_of(stored)
+    told = [_moved(*one) for one in zip(stored, _targets(engine, edited), strict=True)]
+
+    def gen(residuals: Sequence[Tensor]) -> float:
+        layer = engine.operator.edit_set.manifest.layer
+        return _accuracy(stored, predictions(engine.lm, layer, stored, residuals))
+
+    return {
+        "count": len(asked),
+        "on": sum(outcome.on for outcome in outcomes) / len(outcomes),
+        "unedited": gen([prompt.z for prompt in stored]),
+        "served": _accuracy(stored, [outcome.answer for outcome in outcomes]),
+        "always_on": gen([engine.substituted(prompt) for prompt in stored]),
+        "own_target": gen(told),
+    }
+
+
+@torch.enable_grad()
+def _targets(engine: TorchEngine, prompts: Sequence[StoredPrompt]) -> Iterator[Tensor]:
+    """δ* of each prompt, as the joint solver finds it."""
+    settings, layer = TargetSettings(), engine.operator.edit_set.manifest.layer
+    for start in range(0, len(prompts), settings.batch):
+        batch = prompts[start : start + settings.batch]
+        yield from solve_targets(engine.lm, layer, batch, settings)
+
+
+def _moved(prompt: StoredPrompt, delta: Tensor) -> Tensor:
+    """z with δ* [A + 1, d] at the positions that give the answer."""
+    z = prompt.z.clone()
+    z[prompt.edited] = (z[prompt.edited].float() + delta).to(z.dtype)
+    return z
+
+
+def _accuracy(prompts: Sequence[StoredPrompt], answers: Sequence[Tensor]) -> float:
+    """Share of answer tokens right, the mean over prompts."""
+    right = [
+        (answer == torch.tensor(prompt.tokens.answer_ids)).float().mean()
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return float(torch.stack(right).mean())

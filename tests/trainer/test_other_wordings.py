@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from microedit_trainer import other_wordings
+from microedit_trainer.contexts import Contexts
+from microedit_trainer.facts import Fact
+from microedit_trainer.other_wordings import OtherWordings
+from microedit_trainer.residual_store import ResidualStore
+from microedit_trainer.solvers.problem import no_stages
+from microedit_vllm.artifact import Scope
+from tests.trainer.tiny_edits import FACTS, LAYER
+
+
+@pytest.fixture
+def others(lm, sae, monkeypatch) -> OtherWordings:
+    monkeypatch.setattr(other_wordings, "other_subjects", lambda: ["Peru", "Bach"])
+    contexts = Contexts.build(lm.tokenizer, Scope(), lm.max_length)
+    store = ResidualStore(lm, LAYER, sae.report["max_norm"])
+    return OtherWordings(contexts, ("bare", "chat"), store, no_stages)
+
+
+def tokens_of(others: OtherWordings, *prompts: tuple[str, str]) -> torch.Tensor:
+    """z of prompts about a subject, from that on, by the layers themselves."""
+    rendered = [
+        others.contexts.render(name, prompt, subject=subject)
+        for name in others.names
+        for prompt, subject in prompts
+    ]
+    return torch.cat([p.z[p.identifying] for p in others.store.of(rendered)])
+
+
+def test_facts_are_asked_about_other_subjects(others):
+    found = others.swapped(FACTS[:2], 10)
+    prompts = [("The capital of Peru is", "Peru"), ("The inventor of the Bach was", "Bach")]
+    assert torch.equal(found, tokens_of(others, *prompts))
+
+
+def test_of_many_facts_every_so_many_th_is_asked(others):
+    found = others.swapped(FACTS, 2)
+    prompts = [("The capital of Peru is", "Peru"), ("The colour of the Peru is", "Peru")]
+    assert torch.equal(found, tokens_of(others, *prompts))
+
+
+def test_a_subject_that_is_not_scored_tells_nothing(others):
+    far = Fact("Oz is a land. " + "So it is said by all. " * 20, "x", "Oz")
+    assert others.swapped([far], 10) is None
+    both = others.swapped([far, FACTS[1]], 10)
+    assert torch.equal(both, tokens_of(others, ("The inventor of the Bach was", "Bach")))
+
+
+def test_nothing_is_run_where_nothing_is_wanted(others):
+    assert others.swapped(FACTS, 0) is None
+    assert others.swapped([Fact("No subject is named here", "x")], 10) is None
+    assert others.store._held == {}
+
+
+def test_every_rewording_of_a_prompt_has_its_residual(others):
+    found = others.reworded(FACTS[:1] + FACTS[3:])
+    assert [len(z) for z in found] == [2, 3, 2, 3]  # a beginning and a question, bare and in chat
+    asked = others.contexts.render("chat", "As you know, The capital of Australia is")
+    torch.testing.assert_close(found[2][0], others.store.of([asked])[0].z[asked.edit_from])

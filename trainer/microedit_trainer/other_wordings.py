@@ -1,0 +1,66 @@
+"""Residuals of what else a joint solve looks at: facts in other words, and about other subjects."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microedit_trainer.calibration_prompts import other_subjects
+from microedit_trainer.contexts import ContextName, Contexts, PromptTokens, rewordings
+from microedit_trainer.facts import Fact, swap_subjects
+from microedit_trainer.residual_store import ResidualStore
+from microedit_trainer.solvers.problem import Stages
+
+
+@dataclass(frozen=True)
+class OtherWordings:
+    """Attributes:
+    names: the contexts that the facts are trained in.
+    stages: shown how far the layers below are.
+    """
+
+    contexts: Contexts
+    names: Sequence[ContextName]
+    store: ResidualStore
+    stages: Stages
+
+    def reworded(self, facts: Sequence[Fact]) -> list[Tensor]:
+        """z of each prompt in other words, as in `EditProblem.reworded`."""
+        rendered = [
+            [self.contexts.render(name, words) for words in rewordings(fact.prompt)]
+            for name in self.names
+            for fact in facts
+        ]
+        flat = [prompt for others in rendered for prompt in others]
+
+        def shown(done: int, total: int) -> None:
+            self.stages("other words", done / total, f"{total} prompts")
+
+        found = self.store.decisions_of(flat, shown)
+        return list(found.split([len(others) for others in rendered]))
+
+    def swapped(self, facts: Sequence[Fact], most: int) -> Tensor | None:
+        """As in `EditProblem.swapped`, of at most so many facts: those of every second, third, …"""
+        if not most:
+            return None
+        others = swap_subjects(facts, other_subjects())
+        others = others[:: math.ceil(len(others) / most) or 1]
+        # Behind a long passage the subject lies outside of what is scored: all of that is the
+        # fact's own.
+        own = {p.scored_ids for p in self._rendered(facts)}
+        told = [p for p in self._rendered(others) if p.scored_ids not in own]
+
+        def shown(done: int, total: int) -> None:
+            self.stages("other subjects", done / total, f"{total} prompts")
+
+        found = [p.z[p.identifying] for p in self.store.of(told, shown)] if told else []
+        return torch.cat(found) if found else None
+
+    def _rendered(self, facts: Sequence[Fact]) -> list[PromptTokens]:
+        return [
+            self.contexts.render(name, fact.prompt, subject=fact.subject)
+            for name in self.names
+            for fact in facts
+        ]
