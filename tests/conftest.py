@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def _import_kernels() -> None:
 
 
 _import_kernels()
+
+
+_SET_NUM_THREADS = torch.set_num_threads
+
+
+@pytest.fixture(autouse=True)
+def _threads_can_be_set() -> Iterator[None]:
+    """vLLM's CPU worker puts a function that does nothing in the place of torch's, which an engine
+    that lives on would leave to later tests."""
+    yield
+    torch.set_num_threads = _SET_NUM_THREADS
 
 
 def _cached(name: str) -> Path:
