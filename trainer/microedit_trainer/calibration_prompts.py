@@ -91,7 +91,7 @@ def unedited_subjects(others: Sequence[Fact]) -> list[str]:
 
 
 def other_subjects() -> list[str]:
-    """Shipped names that τ never meets: what the scoring change may learn to leave alone."""
+    """Shipped names beside those that choose τ: what the scoring change learns to leave alone."""
     return _shipped_lines("other_subjects.txt")
 
 

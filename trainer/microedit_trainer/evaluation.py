@@ -296,16 +296,25 @@ def _probe(probe: Probe) -> tuple[str, str]:
     return probe.prompt, probe.answer.strip() or "the"
 
 
+def right_shares(prompts: Sequence[PromptTokens], answers: Sequence[Tensor]) -> Tensor:
+    """Of each prompt the share of its answer's tokens that are right: [N] fp32, N ≥ 1.
+
+    Args:
+        answers: greedy tokens [A] at the answer's places.
+    """
+    right = [
+        (answer == torch.tensor(prompt.answer_ids)).float().mean()
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return torch.stack(right)
+
+
 def _accuracy(
     prompts: Sequence[PromptTokens], outcomes: Sequence[Outcome]
 ) -> tuple[float | None, float | None]:
     if not prompts:
         return None, None
-    right = [
-        (o.answer == torch.tensor(p.answer_ids)).float().mean()
-        for p, o in zip(prompts, outcomes, strict=True)
-    ]
-    shares = torch.stack(right)
+    shares = right_shares(prompts, [outcome.answer for outcome in outcomes])
     return float(shares.mean()), float((shares == 1).float().mean())
 
 

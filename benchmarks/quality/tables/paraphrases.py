@@ -15,7 +15,7 @@ from benchmarks.quality.records import in_words
 from benchmarks.quality.store import Figures
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.contexts import Contexts, PromptTokens
-from microedit_trainer.evaluation import TorchEngine
+from microedit_trainer.evaluation import TorchEngine, right_shares
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers.targets import TargetSettings, solve_targets
 from microedit_trainer.stored_residuals import StoredPrompt, predictions
@@ -68,15 +68,18 @@ def _figures(engine: TorchEngine, contexts: Contexts, facts: Sequence[Fact]) -> 
     outcomes = engine.outcomes_of(stored)
     told = [_moved(*one) for one in zip(stored, _targets(engine, edited), strict=True)]
 
+    def right(answers: Sequence[Tensor]) -> float:
+        return float(right_shares([prompt.tokens for prompt in stored], answers).mean())
+
     def gen(residuals: Sequence[Tensor]) -> float:
         layer = engine.operator.edit_set.manifest.layer
-        return _accuracy(stored, predictions(engine.lm, layer, stored, residuals))
+        return right(predictions(engine.lm, layer, stored, residuals))
 
     return {
         "count": len(asked),
         "on": sum(outcome.on for outcome in outcomes) / len(outcomes),
         "unedited": gen([prompt.z for prompt in stored]),
-        "served": _accuracy(stored, [outcome.answer for outcome in outcomes]),
+        "served": right([outcome.answer for outcome in outcomes]),
         "always_on": gen([engine.substituted(prompt) for prompt in stored]),
         "own_target": gen(told),
     }
@@ -96,12 +99,3 @@ def _moved(prompt: StoredPrompt, delta: Tensor) -> Tensor:
     z = prompt.z.clone()
     z[prompt.edited] = (z[prompt.edited].float() + delta).to(z.dtype)
     return z
-
-
-def _accuracy(prompts: Sequence[StoredPrompt], answers: Sequence[Tensor]) -> float:
-    """Share of answer tokens right, the mean over prompts."""
-    right = [
-        (answer == torch.tensor(prompt.tokens.answer_ids)).float().mean()
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    return float(torch.stack(right).mean())

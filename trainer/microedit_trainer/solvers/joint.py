@@ -42,7 +42,7 @@ SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT = 500, 25
 # In large sets facts' wordings are held about other subjects, so many at most: each is a forward
 # pass. Measured: at 1,600 facts the share of ZsRE's paraphrases that switch on rises from 0.57 to
 # 0.70 where 10% of the near prompts do; at 300 it stays (ordinary prompts bound τ there).
-SWAPPED_ABOVE, MOST_SWAPPED = 1000, 2000
+HELD_ABOVE, MOST_HELD = 1000, 2000
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class JointSolver:
         return self.reworded_weight > 0
 
     def swapped_wordings(self, facts: int) -> int:
-        wanted = self.swapped_weight > 0 and facts > SWAPPED_ABOVE
-        return min(facts, MOST_SWAPPED) if wanted else 0
+        wanted = self.swapped_weight > 0 and facts > HELD_ABOVE
+        return min(facts, MOST_HELD) if wanted else 0
 
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
