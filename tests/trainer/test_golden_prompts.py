@@ -92,7 +92,8 @@ def test_what_stays_off_has_one_answer(engine, contexts):
         assert prompt.edited == prompt.plain
 
 
-def test_decisions_near_tau_are_left_out(lm, engine, own):
+def test_decisions_near_tau_are_left_out(lm, engine, own, monkeypatch):
+    monkeypatch.setattr(module, "_is_steady", lambda engine, prompt: True)
     ards = engine.ards(own)
     manifest = engine.operator.edit_set.manifest
 
@@ -109,6 +110,34 @@ def test_decisions_near_tau_are_left_out(lm, engine, own):
     assert found_under(largest * 1.05, on=True) < len(own)
     assert found_under(least * 0.95, on=False) < len(own)
     assert found_under(least * 0.7, on=False) == len(own)
+
+
+def with_tied_latents(engine, stored, position: int, apart: float) -> TorchEngine:
+    """The SAE with the bias of the latent next after the Top-k such that it leads by `apart`."""
+    sae = engine.operator.sae
+    z = stored.z[position]
+    pre_acts = sae.W_enc @ (z - sae.b_dec) + sae.b_enc
+    order = pre_acts.argsort(descending=True)
+    last, after = order[sae.k - 1], order[sae.k]
+    b_enc = sae.b_enc.clone()
+    b_enc[after] += pre_acts[last] - pre_acts[after] + apart
+    operator = EditOperator.build(engine.operator.edit_set, replace(sae, b_enc=b_enc))
+    return TorchEngine.build(engine.lm, operator)
+
+
+def test_a_prompt_whose_ard_hangs_on_a_tie_of_latents_is_left_out(engine, own):
+    """An engine that rounds otherwise has the other latent among its Top-k, and a far other ARD."""
+    tied = 0
+    for tokens, stored in zip(own, engine.store.of(own), strict=True):
+        for position in stored.identifying.tolist():
+            sides = [with_tied_latents(engine, stored, position, by) for by in (-0.01, 0.01)]
+            below, above = (float(side.ards([tokens])) for side in sides)
+            if abs(below / above - 1) < 0.1 or max(below, above) > 0.6:
+                continue
+            tied += 1
+            between = with_tied_latents(engine, stored, position, 1e-7)
+            assert golden_prompts(between, [tokens], on=True, count=1) == []
+    assert tied
 
 
 def test_tokens_that_rounding_could_turn_over_are_left_out(engine, own, monkeypatch):

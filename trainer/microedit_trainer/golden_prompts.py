@@ -4,6 +4,7 @@ Prompt by prompt, as a server runs a request that is alone: in bf16 a padded bat
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,11 @@ ANSWER_TOKENS = 4
 # by at most 0.3% between bf16 and fp32 (measured, Gemma-3-270M), at 0.2 by 2%.
 CLEAR_DECISION = 0.15
 CLEAR_NEAR_ONE = 0.02
+# Relative size of rounding in z, and how far it may move ln(ARD): half of what verification allows
+# one prompt. Farther, a latent is about to leave the Top-k for another of equal pre_acts.
+ROUNDING, STEADY = {torch.float32: 1e-4}, {torch.float32: 0.01}
+ROUNDING_HALF, STEADY_HALF = 4e-3, 0.1
+ROUNDING_DRAWS = 8
 # Distance in logits from the greedy token to the next that rounding does not bridge.
 CLEAR_TOKEN = {torch.float32: 0.01}
 CLEAR_TOKEN_HALF = 1.0
@@ -31,7 +37,8 @@ CLEAR_TOKEN_HALF = 1.0
 def golden_prompts(
     engine: TorchEngine, prompts: Sequence[PromptTokens], on: bool, count: int
 ) -> list[GoldenPrompt]:
-    """The first `count` of the prompts whose switch is clearly on, or clearly off.
+    """The first `count` of the prompts whose switch is clearly on, or clearly off, and whose ARD
+    does not hang on a tie of latents.
 
     Args:
         engine: with the finished set; knows the residuals of most of the prompts already.
@@ -43,8 +50,9 @@ def golden_prompts(
     ards = engine.ards(prompts)
     margin = _unclear(ards, decision.statistic == "relative")
     clear = ards <= decision.tau * (1 - margin) if on else ards >= decision.tau * (1 + margin)
-    chosen = [p for p, is_clear in zip(prompts, clear.tolist(), strict=True) if is_clear]
-    return [_golden(engine, prompt) for prompt in chosen[:count]]
+    chosen = (p for p, is_clear in zip(prompts, clear.tolist(), strict=True) if is_clear)
+    steady = (p for p in chosen if _is_steady(engine, p))
+    return [_golden(engine, prompt) for prompt in islice(steady, count)]
 
 
 def _unclear(ards: Tensor, relative: bool) -> Tensor:
@@ -52,6 +60,19 @@ def _unclear(ards: Tensor, relative: bool) -> Tensor:
     if not relative:
         return torch.full_like(ards, CLEAR_DECISION)
     return (CLEAR_NEAR_ONE + CLEAR_DECISION * (ards - 1).abs()).clamp(max=CLEAR_DECISION)
+
+
+def _is_steady(engine: TorchEngine, prompt: PromptTokens) -> bool:
+    """Whether rounding in z leaves the ARD about where it is."""
+    dtype = engine.lm.dtype
+    (stored,) = engine.store.of([prompt])
+    generator = torch.Generator().manual_seed(0)
+    shape = (ROUNDING_DRAWS, *stored.z.shape)
+    noise = ROUNDING.get(dtype, ROUNDING_HALF) * torch.randn(shape, generator=generator)
+    z = stored.z.float()
+    rounded = [replace(stored, z=(z * (1 + some.to(z.device))).to(dtype)) for some in noise]
+    ards = engine.ards_of([stored, *rounded]).clamp(min=1e-6).log()
+    return bool((ards[1:] - ards[0]).abs().max() <= STEADY.get(dtype, STEADY_HALF))
 
 
 def _golden(engine: TorchEngine, prompt: PromptTokens) -> GoldenPrompt:
