@@ -90,7 +90,9 @@ def test_ordinary_prompts_stay_off(made):
     assert calibration["fires"]["ordinary"] <= (0.0 if name == "joint" else 0.05)
     assert calibration["prompts"]["ordinary"] == 2 * len(ordinary_lines()[1::2])
     if name == "joint":
-        assert calibration["fires"]["swapped"] <= 0.05
+        for kind in ("swapped", "invented"):
+            assert calibration["prompts"][kind] == 2 * sum(f.subject in f.prompt for f in FACTS)
+            assert calibration["fires"][kind] <= 0.05
 
 
 def test_the_set_carries_golden_prompts_that_are_clear(made, lm, sae):

@@ -13,8 +13,8 @@ from microedit_vllm.artifact import GoldenPrompt
 
 # Facts among which the golden prompts are looked for.
 GOLDEN_FACTS = 16
-# Facts whose wording is tried with another subject, when τ is chosen: enough for a share of 5% to
-# be known to 0.7% (one standard deviation).
+# Facts whose wording is tried with another subject of each kind, when τ is chosen: enough for a
+# share of 5% to be known to 0.7% (one standard deviation).
 MOST_SWAPPED = 1000
 
 
@@ -36,16 +36,25 @@ class CalibrationPrompts:
     swaps: bool
 
     def by_group(self, facts: Sequence[Fact]) -> dict[str, list[PromptTokens]]:
-        """*held_out*, *swapped* and *ordinary* ones, each in every context."""
+        """*held_out*, *swapped*, *invented* and *ordinary* ones, each in every context.
+
+        Invented names have a bound of their own: facts about such are mixed up among each other far
+        more often than with names that the model knows.
+        """
         prompts = {"held_out": [fact.prompt for fact in self.hold_out]}
         if self.swaps:
             prompts["swapped"] = self.swapped(facts)
+            prompts["invented"] = self._about(_shipped_lines("invented_subjects.txt"), facts)
         prompts["ordinary"] = ordinary_lines()[1::2]
         return {group: self._render(of_group) for group, of_group in prompts.items()}
 
     def swapped(self, facts: Sequence[Fact]) -> list[str]:
-        """The facts' wordings about other subjects, where the switch could see that they are; of
-        very many facts those of every second, third, ….
+        """The facts' wordings about subjects of held-out records, else about shipped names."""
+        return self._about(unedited_subjects(self.hold_out), facts)
+
+    def _about(self, subjects: Sequence[str], facts: Sequence[Fact]) -> list[str]:
+        """The facts' wordings about these, where the switch could see that they are; of very many
+        facts those of every second, third, ….
 
         Behind a long passage the subject lies outside of what is scored: the tokens that are, are
         the fact's own, and no τ tells the two apart.
@@ -55,7 +64,7 @@ class CalibrationPrompts:
             return self.contexts.render(self.names[0], prompt).scored_ids
 
         own = {scored(fact.prompt) for fact in facts}
-        others = swap_subjects(facts, unedited_subjects(self.hold_out))
+        others = swap_subjects(facts, subjects)
         seen = [other.prompt for other in others if scored(other.prompt) not in own]
         return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
 

@@ -342,7 +342,7 @@ class EditRun:
         prompts: dict[str, list[PromptTokens]],
     ) -> Calibration:
         ards = {group: engine.ards(of_group).cpu() for group, of_group in prompts.items()}
-        near = ("held_out", "swapped")
+        near = ("held_out", "swapped", "invented")
         # Absolute ARD spreads over ordinary prompts, so that τ cannot stay below all of them.
         return calibrate(
             edited=engine.ards_of([prompt for fact in stored for prompt in fact]).cpu(),

@@ -47,8 +47,8 @@ def plan_edit(
     unrelated = PromptCounts.of(rendered(lines[1::2], False))
     solver = settings.solver
     joint = isinstance(solver, JointSolver)
-    # With the joint solver the wordings of so many facts about other subjects.
-    swapped = joint * own.tokens * min(1.0, MOST_SWAPPED / len(facts))
+    # With the joint solver the wordings of so many facts about other subjects of two kinds.
+    swapped = 2 * joint * own.tokens * min(1.0, MOST_SWAPPED / len(facts))
     checked = round(swapped) + others.tokens + unrelated.tokens
     return EditPlan(
         joint=joint,

@@ -135,10 +135,11 @@ def _factor(gram: Tensor, kept: Tensor | None, ridge: float) -> Tensor:
     """
     more = ridge
     for _ in range(MOST_TRIES):
-        lower = gram.clone() if kept is None else gram[kept][:, kept]
+        lower = gram.clone() if kept is None else gram[kept[:, None], kept]
         lower.diagonal().add_(more)
         failed = torch.empty((), dtype=torch.int32, device=gram.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        # By columns, as LAPACK has them: rows would be copied, which is a third matrix.
+        torch.linalg.cholesky_ex(lower.mT, upper=True, out=(lower.mT, failed))
         if not int(failed):
             return lower
         more *= 4
