@@ -71,7 +71,8 @@ def _is_steady(engine: TorchEngine, prompt: PromptTokens) -> bool:
     noise = ROUNDING.get(dtype, ROUNDING_HALF) * torch.randn(shape, generator=generator)
     z = stored.z.float()
     rounded = [replace(stored, z=(z * (1 + some.to(z.device))).to(dtype)) for some in noise]
-    ards = engine.ards_of([stored, *rounded]).clamp(min=1e-6).log()
+    # Infinite where nothing is scored, which stays so.
+    ards = engine.ards_of([stored, *rounded]).clamp(1e-6, 1e6).log()
     return bool((ards[1:] - ards[0]).abs().max() <= STEADY.get(dtype, STEADY_HALF))
 
 
