@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality                        # the same as `make quality`
     python -m benchmarks.quality --only main,ordinary   # some of them; the others stay
-    python -m benchmarks.quality --quick --out /tmp/quality.md
+    python -m benchmarks.quality --quick --out quick.md
 
 Hours on two cores. A stopped run goes on where it was: each row is kept in the work folder as soon
 as it is measured, and SAEs, edit sets and targets are kept too.
