@@ -30,7 +30,7 @@ from microedit_trainer.solvers import JointSolver, joint
 from microedit_trainer.solvers.dense_systems import RowSystem
 from microedit_trainer.solvers.ridge import IterativeSystem, System
 from microedit_trainer.solvers.sparse_codes import CodedTerms, Watch
-from microedit_vllm.artifact import EditOperator, EditSet, Scope, SparseAutoencoder
+from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
 
 OTHERS = 200
 
@@ -83,9 +83,10 @@ class Scale:
 
     def edit(self, facts: list[Fact], targets: Path) -> tuple[EditSet, EditRun, dict[str, Any]]:
         """The set, and what making it took."""
+        solver = JointSolver(rows_per_fact=self.rows_per_fact)
         settings = EditSettings(
-            solver=JointSolver(rows_per_fact=self.rows_per_fact),
-            scope=Scope(),
+            solver=solver,
+            scope=solver.scope(len(facts)),
             contexts=self.contexts,
             targets=targets,
         )
@@ -106,7 +107,7 @@ class Scale:
                 "steps": clock.solver_steps(),
                 "tau": manifest.decision.tau,
                 "rel": manifest.scores["rel"],
-                "rows": [len(edit_set.scoring.indices), len(edit_set.edit.indices)],
+                "rows": {name: len(c.indices) for name, c in edit_set.changes.items()},
                 "set_mib": round(size / 2**20, 1),
                 "kept_mib": round(sum(f.stat().st_size for f in targets.iterdir()) / 2**20, 1),
                 "peak_gib": peak_gib(),
@@ -135,9 +136,14 @@ class BothWays:
         self._apart = apart
 
     def solve(
-        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+        self,
+        ridge: float,
+        kept: Tensor | None = None,
+        start: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
-        found, wanted = (s.solve(ridge, kept, start) for s in (self._iterative, self._dense))
+        ways = (self._iterative, self._dense)
+        found, wanted = (way.solve(ridge, kept, start, last) for way in ways)
         self._apart.append(float((found - wanted).norm() / wanted.norm()))
         return found
 

@@ -1,5 +1,7 @@
 """Small SAEs and edit sets for tests: real in form, random in content."""
 
+from dataclasses import replace
+
 import torch
 
 from microedit_vllm.artifact import (
@@ -13,7 +15,7 @@ from microedit_vllm.artifact import (
     Scope,
     SparseAutoencoder,
 )
-from microedit_vllm.artifact.manifest import ModelIdentity, SaeIdentity
+from microedit_vllm.artifact.manifest import CARRYING_VERSION, ModelIdentity, SaeIdentity
 
 HIDDEN_SIZE = 12
 NUM_LATENTS = 48
@@ -86,15 +88,21 @@ def tiny_golden_prompts() -> tuple[GoldenPrompt, ...]:
     )
 
 
-def tiny_edit_set(sae: SparseAutoencoder, shared: bool = False, **changes) -> EditSet:
+def tiny_edit_set(
+    sae: SparseAutoencoder, shared: bool = False, carries: bool = False, **changes
+) -> EditSet:
     """An edit set whose golden activations are what `sae` and the set really compute.
 
     shared: the paper's own form, one change through the Top-k, in place of z.
+    carries: with a change that scored tokens carry to the decision position.
     """
     if shared:
         changes = {"placement": "replace", "activation": "topk", "theta": None} | changes
     scoring = tiny_change(1, [1, 4, 9, 17, 30], sae.d_in)
     edit = scoring if shared else tiny_change(2, [2, 4, 40], sae.d_in)
+    carried = tiny_change(4, list(range(0, 45, 3)), sae.d_in) if carries else None
+    if carries:
+        changes = {"version": CARRYING_VERSION} | changes
     facts = [
         {
             "prompt": "The capital of Australia is",
@@ -110,7 +118,7 @@ def tiny_edit_set(sae: SparseAutoencoder, shared: bool = False, **changes) -> Ed
     ]
     manifest = tiny_manifest(sae, **changes)
     placeholder = Golden(*[torch.empty(0)] * 6)
-    draft = EditSet(manifest, scoring, edit, placeholder, facts)
+    draft = EditSet(manifest, scoring, edit, placeholder, facts, carried=carried)
     z = torch.randn(3, sae.d_in, generator=torch.Generator().manual_seed(3))
     golden = EditOperator.build(draft, sae).golden_of(z)
-    return EditSet(manifest, scoring, edit, golden, facts, tiny_golden_prompts())
+    return replace(draft, golden=golden, golden_prompts=tiny_golden_prompts())

@@ -41,5 +41,8 @@ class Experiment:
 
     def build_settings(self) -> dict[str, Any]:
         """Fields of `EditSettings`; the sequential solver scores the whole prompt, as the paper."""
-        scope = Scope() if self.solver == "joint" else Scope(last=None, run=0)
+        scope = Scope(last=None, run=0)
+        if self.solver == "joint":
+            solver = JointSolver(**{**recipe.JOINT, **self.options})
+            scope = solver.scope(sum(count for _, count in self.facts))
         return {"scope": scope, **recipe.SETTINGS, **self.settings}

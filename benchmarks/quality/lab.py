@@ -150,9 +150,7 @@ class Lab:
     def _scores(self, experiment: Experiment) -> Figures:
         edit_set, split = self.edit_set(experiment), self.split(experiment)
         engine, contexts = self.engine(experiment), self.contexts(experiment)
-        # The paper's form has one change for both.
-        changes = (edit_set.scoring, edit_set.edit)[: 1 if edit_set.is_shared else 2]
-        changed = [len(change.indices) for change in changes]
+        changed = [len(change.indices) for change in edit_set.changes.values()]
         figures: Figures = {
             "facts": len(split.edited),
             "near": len(split.near),

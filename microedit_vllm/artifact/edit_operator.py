@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from microedit_kernels.carried_change import carried_change, carried_weights
 from microedit_kernels.edit_change import edit_change, threshold_acts
 from microedit_kernels.sparse_decode import decode, decode_change, row_map, squared_distance
 from microedit_kernels.switch import decide, smallest_runs
@@ -22,6 +23,7 @@ class EditOperator:
         scoring, edit: the set's changes on the SAE's device; on the CPU in fp32, which is what
             they are computed with (6 bytes a value with the set's own 2).
         scoring_rows, edit_rows: their row maps, [n] int64.
+        carried, carried_rows: the same of the carried change; c = 0 where the set has none.
         edit_W_enc, edit_b_enc: encoder rows of the edit change, [c, d] and [c]; none, c = 0, where
             its latents are among the top k.
     """
@@ -32,6 +34,8 @@ class EditOperator:
     edit: DecoderChange
     scoring_rows: Tensor
     edit_rows: Tensor
+    carried: DecoderChange
+    carried_rows: Tensor
     edit_W_enc: Tensor
     edit_b_enc: Tensor
 
@@ -41,6 +45,10 @@ class EditOperator:
         device = sae.W_enc.device
         scoring = _to_compute(edit_set.scoring, device)
         edit = scoring if edit_set.is_shared else _to_compute(edit_set.edit, device)
+        nothing = DecoderChange(edit.indices[:0], edit.values[:0])
+        carried = (edit_set.carried or nothing).to(device)
+        # In fp32 everywhere: else each decision would convert all of it.
+        carried = DecoderChange(carried.indices, carried.values.float())
         by_threshold = edit_set.manifest.activation == "threshold"
         encoder_rows = edit.indices if by_threshold else edit.indices[:0]
         return cls(
@@ -50,6 +58,8 @@ class EditOperator:
             edit,
             row_map(scoring.indices, sae.num_latents),
             row_map(edit.indices, sae.num_latents),
+            carried,
+            row_map(carried.indices, sae.num_latents),
             # The encoder rows of the edit change, gathered once: a step must not copy them again.
             sae.W_enc[encoder_rows],
             sae.b_enc[encoder_rows],
@@ -108,9 +118,40 @@ class EditOperator:
 
         Where no changed row is active the two are bit-for-bit equal.
         """
-        acts, indices = self.encode(z)
+        return self.distances_of(z, *self.encode(z))
+
+    def distances_of(self, z: Tensor, acts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where the codes are known, [..., k] each."""
         z_hat0, delta = self.reconstruct(acts, indices, self.scoring_rows, self.scoring)
         return squared_distance(z_hat0 + delta, z), squared_distance(z_hat0, z)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the scored tokens carry a change to the decision position."""
+        return len(self.carried.indices) > 0
+
+    @property
+    def codes(self) -> int:
+        """Codes of a scored token that are needed when the decision is taken."""
+        return self.sae.k if self.carries else 0
+
+    def carried_change(self, acts: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """δ that sequences carry to their decision positions: [D, d] fp32.
+
+        Args:
+            acts, indices: codes of their scored tokens, [D, W, k].
+            weights: see `carried_weights`, [D, W].
+        """
+        return carried_change(acts, indices, weights, self.carried_rows, self.carried.values)
+
+    def carried_by(self, z: Tensor) -> Tensor:
+        """The same for one sequence's scored tokens that all count: [S, d] → [d] fp32."""
+        if not self.carries or not len(z):
+            return z.new_zeros(z.shape[-1], dtype=torch.float)
+        acts, indices = self.encode(z)
+        dist, dist0 = self.distances_of(z, acts, indices)
+        weights = carried_weights(dist, dist0, torch.ones_like(dist, dtype=torch.bool))
+        return self.carried_change(acts[None], indices[None], weights[None])[0]
 
     def ards(self, dist: Tensor, dist0: Tensor, counted: Tensor) -> Tensor:
         """The decision's statistic per sequence.

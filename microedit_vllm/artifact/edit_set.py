@@ -75,6 +75,8 @@ class EditSet:
         scoring: the change that scored tokens are reconstructed with.
         edit: the change that is added from the decision position on; the very same object as
             `scoring` in the paper's own form.
+        carried: the change that the scored tokens carry to the decision position, where a set has
+            one (see `microedit_kernels.carried_change`).
         facts: one JSON object per fact, with its own ARD and scores.
         golden_prompts: what `microedit verify` sends; empty in sets of older releases.
     """
@@ -85,11 +87,22 @@ class EditSet:
     golden: Golden
     facts: list[dict[str, Any]] = field(default_factory=list)
     golden_prompts: tuple[GoldenPrompt, ...] = ()
+    carried: DecoderChange | None = None
 
     @property
     def is_shared(self) -> bool:
         """Whether one change does both jobs (the paper's form)."""
         return self.edit is self.scoring
+
+    @property
+    def changes(self) -> dict[str, DecoderChange]:
+        """Each change once, by its name in the file."""
+        changes = {"scoring": self.scoring}
+        if not self.is_shared:
+            changes["edit"] = self.edit
+        if self.carried is not None:
+            changes["carried"] = self.carried
+        return changes
 
     def save(self, folder: Path) -> None:
         """Write the folder atomically; an older set there stays until the new one is whole."""
@@ -103,13 +116,8 @@ class EditSet:
             write_golden_prompts(self.golden_prompts, draft / GOLDEN_PROMPTS)
 
     def _change_tensors(self) -> dict[str, Tensor]:
-        changes = (
-            {"scoring": self.scoring}
-            if self.is_shared
-            else {"scoring": self.scoring, "edit": self.edit}
-        )
         tensors = {}
-        for name, change in changes.items():
+        for name, change in self.changes.items():
             tensors[f"{name}.indices"] = change.indices.contiguous()
             tensors[f"{name}.values"] = change.values.contiguous()
         return tensors
@@ -129,10 +137,13 @@ class EditSet:
         scoring = _read_change(tensors, "scoring", n, d, folder / EDITS)
         shared = "edit.indices" not in tensors and "edit.values" not in tensors
         edit = scoring if shared else _read_change(tensors, "edit", n, d, folder / EDITS)
+        carried = None
+        if manifest.carries:
+            carried = _read_change(tensors, "carried", n, d, folder / EDITS)
         golden = _read_golden(folder / GOLDEN, manifest)
         facts = _read_facts(folder / FACTS)
         prompts = read_golden_prompts(folder / GOLDEN_PROMPTS)
-        return cls(manifest, scoring, edit, golden, facts, prompts)
+        return cls(manifest, scoring, edit, golden, facts, prompts, carried)
 
     def sae_folder(self, folder: Path, override: Path | None = None) -> Path:
         """Where this set's SAE lies: `override`, else the manifest's path seen from `folder`."""

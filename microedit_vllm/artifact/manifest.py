@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from microedit_vllm.errors import MicroEditError
 
-FORMAT_VERSION = 1
+# Sets with a carried change are of the second version: older releases would serve them without.
+FORMAT_VERSION, CARRYING_VERSION = 1, 2
 # Position "sequence" needs each prompt whole in one step, and every token of it computed.
 SEQUENCE_FLAGS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
 
@@ -100,9 +101,16 @@ class Manifest(_Part):
             raise ValueError(f"layer {self.layer} is beyond the model's {self.model.num_layers}")
         if self.sae.k > self.sae.num_latents:
             raise ValueError("k exceeds the number of latents")
+        if self.carries and (self.placement != "delta" or self.position != "decision"):
+            raise ValueError("a carried change needs delta placement at the decision position")
         if self.activation == "threshold" and (self.theta is None or self.placement != "delta"):
             raise ValueError("activation by threshold needs theta and delta placement")
         return self
+
+    @property
+    def carries(self) -> bool:
+        """Whether the set has a carried change."""
+        return self.version == CARRYING_VERSION
 
     @property
     def serve_flags(self) -> tuple[str, ...]:
@@ -130,10 +138,10 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise MicroEditError(f"{path} cannot be read ({error}); make the set again") from error
     version = raw.get("version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, CARRYING_VERSION):
         raise MicroEditError(
-            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}; "
-            "install the release that wrote it or make the set again"
+            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION} and "
+            f"{CARRYING_VERSION}; install the release that wrote it or make the set again"
         )
     try:
         return Manifest.model_validate(raw)

@@ -36,9 +36,7 @@ def summarise(edit_set: EditSet, folder: Path) -> dict[str, Any]:
     """
     manifest = edit_set.manifest
     num_facts = len(edit_set.facts)
-    num_bytes = edit_set.scoring.num_bytes
-    if not edit_set.is_shared:
-        num_bytes += edit_set.edit.num_bytes
+    num_bytes = sum(change.num_bytes for change in edit_set.changes.values())
     tau = manifest.decision.tau
     return {
         "folder": str(folder),
@@ -46,6 +44,7 @@ def summarise(edit_set: EditSet, folder: Path) -> dict[str, Any]:
         "num_facts": num_facts,
         "rows_scoring": len(edit_set.scoring.indices),
         "rows_edit": len(edit_set.edit.indices),
+        "rows_carried": len(edit_set.carried.indices) if edit_set.carried else 0,
         "rows_shared": edit_set.is_shared,
         "bytes": num_bytes,
         "bytes_per_fact": num_bytes / num_facts if num_facts else None,
@@ -73,6 +72,8 @@ def _overview_rows(manifest: Manifest, summary: dict[str, Any]) -> list[tuple[st
     changed = f"{summary['rows_scoring']} scoring, {summary['rows_edit']} edit"
     if summary["rows_shared"]:
         changed = f"{summary['rows_scoring']}, one change for scoring and edit"
+    if summary["rows_carried"]:
+        changed += f", {summary['rows_carried']} carried"
     size = f"{summary['bytes']:,}"
     if summary["bytes_per_fact"] is not None:
         size += f", {summary['bytes_per_fact']:,.0f} per fact"

@@ -8,6 +8,7 @@ the KV is. Nothing is read back to the host within a step.
 import torch
 from torch import Tensor
 
+from microedit_kernels.carried_change import carried_weights
 from microedit_vllm.artifact import EditOperator
 from microedit_vllm.engine.captured_edit import CapturedEdit
 from microedit_vllm.engine.decision_log import DecisionFeedback, DecisionRecords
@@ -36,7 +37,7 @@ class EditState:
         self._how = how
         self.device = how.device
         self.plan: StepPlan | None = None
-        self.slots = SlotState.allocate(num_slots, self.device)
+        self.slots = SlotState.allocate(num_slots, self.device, how.codes)
         self.edit: TorchEdit | TritonEdit
         if isinstance(how, TritonEdit):
             how.attach(self.slots)
@@ -76,15 +77,29 @@ class EditState:
         if len(plan.scored_rows):
             stream = hidden_states if z is None else z
             self.edit.score(stream, plan.scored_rows, plan.scored_slots)
-        if plan.deciding:
-            self._decide(plan)
+        on = self._decide(plan) if plan.deciding else None
         if len(plan.edited_rows):
             self._substitute(plan, hidden_states, z)
+        if on is not None and self._how.carries and plan.in_window.numel():
+            self._carry(plan, hidden_states, on)
 
-    def _decide(self, plan: StepPlan) -> None:
+    def _decide(self, plan: StepPlan) -> Tensor:
         ards, on = self.edit.decide(plan.window_slots, plan.in_window, plan.decide_slots)
         self.records.write([external_id(state.request_id) for state in plan.deciding], ards, on)
         self.feedback.decided(plan.deciding, on)
+        return on
 
     def _substitute(self, plan: StepPlan, hidden_states: Tensor, z: Tensor | None) -> None:
         self.edit.substitute(hidden_states, z, plan.edited_rows, plan.decision_slots)
+
+    def _carry(self, plan: StepPlan, hidden_states: Tensor, on: Tensor) -> None:
+        """Add what the scored tokens carry to token e of each sequence that is on, [D] bool."""
+        if isinstance(self.edit, TorchEdit) and self.edit.may_look and not on.any():
+            return
+        state, window = self.slots, plan.window_slots
+        counted = state.counts[window] & plan.in_window
+        weights = carried_weights(state.dist[window], state.dist0[window], counted)
+        delta = self._how.carried_change(state.acts[window], state.indices[window], weights)
+        before = hidden_states[plan.decide_rows]
+        after = (before.float() + delta).to(before.dtype)
+        hidden_states[plan.decide_rows] = after.where(on[:, None], before)

@@ -59,7 +59,9 @@ class ShardedOperator(EditOperator):
         edit_set = whole.edit_set
         scoring = _change(edit_set.scoring, first, last)
         edit = scoring if edit_set.is_shared else _change(edit_set.edit, first, last)
-        local = EditOperator.build(replace(edit_set, scoring=scoring, edit=edit), share)
+        carried = edit_set.carried and _change(edit_set.carried, first, last)
+        parts = replace(edit_set, scoring=scoring, edit=edit, carried=carried)
+        local = EditOperator.build(parts, share)
         return cls(**{**vars(local), "edit_set": edit_set}, first=first, group=group)
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,13 +85,25 @@ class ShardedOperator(EditOperator):
         self, acts: Tensor, indices: Tensor, rows: Tensor, change: DecoderChange
     ) -> tuple[Tensor, Tensor]:
         """See `EditOperator.reconstruct`; each rank sums its own latents."""
-        local = indices - self.first
-        mine = (local >= 0) & (local < self.sae.num_latents)
-        acts, local = acts.where(mine, 0.0), local.where(mine, 0)
-        z_hat0, delta = super().reconstruct(acts, local, rows, change)
+        z_hat0, delta = super().reconstruct(*self._own(acts, indices), rows, change)
         parts = torch.stack([z_hat0 - self.sae.b_dec.float(), delta])
         z_hat0, delta = self.all_reduce(parts).unbind(0)
         return z_hat0 + self.sae.b_dec.float(), delta
+
+    def _own(self, acts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes with this share's indices; 0 for latents of other shares."""
+        local = indices - self.first
+        mine = (local >= 0) & (local < self.sae.num_latents)
+        return acts.where(mine, 0.0), local.where(mine, 0)
+
+    @property
+    def carries(self) -> bool:
+        """Of the whole set: a share may have no row of it and has to take part all the same."""
+        return self.edit_set.carried is not None
+
+    def carried_change(self, acts: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """See `EditOperator.carried_change`."""
+        return self.all_reduce(super().carried_change(*self._own(acts, indices), weights))
 
     def threshold_change(self, z: Tensor) -> Tensor:
         """See `EditOperator.threshold_change`."""

@@ -24,7 +24,8 @@ class StepPlan:
     Attributes:
         scored_rows, scored_slots: rows to score, and where their distances go, two [S].
         deciding: requests to decide, after the scoring.
-        decide_slots: where their decisions go, [D].
+        decide_rows, decide_slots: the rows of their tokens e, and where their decisions go, two
+            [D].
         window_slots: KV slots of their scored tokens in order of position, [D, W].
         in_window: which of them are tokens of the window, [D, W] bool.
         edited_rows, decision_slots: rows to substitute where the switch is on, and the slot that
@@ -34,6 +35,7 @@ class StepPlan:
     scored_rows: Tensor
     scored_slots: Tensor
     deciding: list[RequestState]
+    decide_rows: Tensor
     decide_slots: Tensor
     window_slots: Tensor
     in_window: Tensor
@@ -96,10 +98,10 @@ def _upload(
         window_at[1, line, : stop - begin] = np.arange(begin, stop)
         sizes[line] = stop - begin
     parts = [
-        *(scored_rows, _rows(edited), sizes, scored_at, window_at),
+        *(scored_rows, _rows(edited), _decision_rows(deciding), sizes, scored_at, window_at),
         *(_decision_places(deciding, [1] * len(deciding)), _edited_places(edited)),
     ]
-    rows_s, rows_e, size, *places = _send(parts, device)
+    rows_s, rows_e, rows_d, size, *places = _send(parts, device)
     scored_slots, window_slots, decide_slots, edited_slots = (
         step.block_table[at[0], at[1] // step.block_size] * step.block_size
         + at[1] % step.block_size
@@ -108,7 +110,7 @@ def _upload(
     in_window = torch.arange(width, device=device) < size[:, None]
     return StepPlan(
         *(rows_s, scored_slots, [request.state for request in deciding]),
-        *(decide_slots, window_slots, in_window, rows_e, edited_slots),
+        *(rows_d, decide_slots, window_slots, in_window, rows_e, edited_slots),
     )
 
 
@@ -123,6 +125,16 @@ def _send(parts: Sequence[Numbers], device: torch.device) -> list[Tensor]:
 def _window(request: StepRequest) -> tuple[int, int]:
     assert request.state.plan is not None
     return request.state.plan.scored_from, request.state.plan.scored_to
+
+
+def _decision_rows(deciding: list[StepRequest]) -> Numbers:
+    """Batch row of token e of each request: [D]."""
+    rows = [
+        request.first_row + request.state.plan.edit_from - request.first_position
+        for request in deciding
+        if request.state.plan is not None
+    ]
+    return np.array(rows, dtype=np.int64)
 
 
 def _rows(spans: _Spans) -> Numbers:

@@ -19,17 +19,20 @@ class TorchEdit:
         self.operator = operator
         self._slots = slots
         # Looking at a decision costs nothing on the CPU; on a device it would stall the step.
-        self._may_look = slots.on.device.type == "cpu"
+        self.may_look = slots.on.device.type == "cpu"
 
     def score(self, z: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """Keep the distances of scored rows.
+        """Keep the distances of scored rows, and their codes where they carry a change.
 
         Args:
             z: the residual stream, [M, d].
             rows, slots: which rows, and where their distances go, two [S] int64.
         """
         scored = z[rows]
-        dist, dist0 = self.operator.distances(scored)
+        acts, indices = self.operator.encode(scored)
+        dist, dist0 = self.operator.distances_of(scored, acts, indices)
+        if self.operator.carries:
+            self._slots.keep_codes(slots, acts, indices)
         self._slots.dist[slots] = dist
         self._slots.dist0[slots] = dist0
         max_norm = self.operator.edit_set.manifest.decision.max_norm
@@ -66,7 +69,7 @@ class TorchEdit:
             rows, decision_slots: rows to change, and the slots of their decisions, two [R] int64.
         """
         on = self._slots.on[decision_slots]
-        if self._may_look:
+        if self.may_look:
             rows, on = rows[on], on[on]
             if not len(rows):
                 return

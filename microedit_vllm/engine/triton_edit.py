@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microedit_kernels.carried_change import carried_change
 from microedit_kernels.topk_encode import folded_bias
 from microedit_vllm.artifact import DecoderChange, EditOperator
 from microedit_vllm.engine.slot_state import SlotState
@@ -55,6 +56,8 @@ class TritonEdit:
             return Decoder(W_dec, b_dec, rows.int(), change.values.to(dtype).contiguous())
 
         self._scoring = decoder(operator.scoring, operator.scoring_rows)
+        self.carries = operator.carries
+        self._carried_rows, self._carried_values = operator.carried_rows, operator.carried.values
         self._encode_scratch = EncodeScratch.allocate(max_tokens, n, k, device)
         self._decode_scratch = DecodeScratch.allocate(max_tokens, d, k, device)
         self._top_acts = torch.empty(max_tokens, k, device=device)
@@ -87,6 +90,11 @@ class TritonEdit:
         self._sets = GroupedSets.join([rows])
         self._edit_scratch = EditChangeScratch.allocate(max_tokens, self._sets)
 
+    @property
+    def codes(self) -> int:
+        """Codes of a token that its slot must hold."""
+        return self._k if self.carries else 0
+
     def attach(self, slots: SlotState) -> None:
         """Read and write this state from now on."""
         self._slots = slots
@@ -103,6 +111,12 @@ class TritonEdit:
             *(slots, state.dist, state.dist0, state.counts, self._decision.max_norm),
             self._decode_scratch,
         )
+        if self.carries:
+            state.keep_codes(slots, acts, indices)
+
+    def carried_change(self, acts: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """See `EditOperator.carried_change`."""
+        return carried_change(acts, indices, weights, self._carried_rows, self._carried_values)
 
     def _encode(self, z: Tensor, rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         from microedit_kernels.topk_encode.kernel import topk_encode
@@ -180,7 +194,7 @@ class TritonEdit:
     def _check_golden(self, operator: EditOperator, dtype: torch.dtype) -> None:
         """What the server proves of its SAE in torch (`EditOperator.check_golden`), by kernels."""
         z = operator.edit_set.golden.z.to(self.device, dtype)
-        state = SlotState.allocate(len(z), self.device)
+        state = SlotState.allocate(len(z), self.device, self.codes)
         self.attach(state)
         rows = torch.arange(len(z), device=self.device)
         self.score(z, rows, rows)

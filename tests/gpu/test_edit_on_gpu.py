@@ -55,7 +55,9 @@ def prefill(state: EditState) -> tuple[torch.Tensor, list[RequestState]]:
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"shared": True}, {"shared": True, "placement": "delta"}], ids=str
+    "form",
+    [{}, {"carries": True}, {"shared": True}, {"shared": True, "placement": "delta"}],
+    ids=str,
 )
 @pytest.mark.parametrize("tau", [1e6, 1e-6])
 def test_a_step_by_kernels_is_that_of_torch(form, tau):

@@ -29,28 +29,32 @@ def tokens_of(others: OtherWordings, *prompts: tuple[str, str]) -> torch.Tensor:
     return torch.cat([p.z[p.identifying] for p in others.store.of(rendered)])
 
 
+def identifying(prompts) -> torch.Tensor:
+    return torch.cat([p.z[p.identifying] for p in prompts])
+
+
 def test_facts_are_asked_about_other_subjects(others):
-    found = others.swapped(FACTS[:2], 10)
+    found = identifying(others.swapped(FACTS[:2], 10))
     prompts = [("The capital of Peru is", "Peru"), ("The inventor of the Bach was", "Bach")]
     assert torch.equal(found, tokens_of(others, *prompts))
 
 
 def test_of_many_facts_every_so_many_th_is_asked(others):
-    found = others.swapped(FACTS, 2)
+    found = identifying(others.swapped(FACTS, 2))
     prompts = [("The capital of Peru is", "Peru"), ("The colour of the Peru is", "Peru")]
     assert torch.equal(found, tokens_of(others, *prompts))
 
 
 def test_a_subject_that_is_not_scored_tells_nothing(others):
     far = Fact("Oz is a land. " + "So it is said by all. " * 20, "x", "Oz")
-    assert others.swapped([far], 10) is None
-    both = others.swapped([far, FACTS[1]], 10)
+    assert others.swapped([far], 10) == []
+    both = identifying(others.swapped([far, FACTS[1]], 10))
     assert torch.equal(both, tokens_of(others, ("The inventor of the Bach was", "Bach")))
 
 
 def test_nothing_is_run_where_nothing_is_wanted(others):
-    assert others.swapped(FACTS, 0) is None
-    assert others.swapped([Fact("No subject is named here", "x")], 10) is None
+    assert others.swapped(FACTS, 0) == []
+    assert others.swapped([Fact("No subject is named here", "x")], 10) == []
     assert others.store._held == {}
 
 

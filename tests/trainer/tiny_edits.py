@@ -21,6 +21,7 @@ from microedit_vllm.artifact import (
     Scope,
     SparseAutoencoder,
 )
+from microedit_vllm.artifact.manifest import CARRYING_VERSION, FORMAT_VERSION
 from tests.builders import tiny_manifest
 
 LAYER = 1
@@ -34,6 +35,8 @@ FACTS = (
 JOINT = JointSolver(
     scoring=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
     edit=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
+    subject_scoring=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
+    carried=RidgeSettings(ridge=1e-3, unchanged_weight=0.003),
     swapped_weight=0.003,
     targets=TargetSettings(steps=100, lr=0.3, penalty=0.05, learnt=0.01, batch=2),
 )
@@ -70,6 +73,7 @@ def operator_of(solution: Solution, sae: SparseAutoencoder, tau: float = 0.9) ->
     """The solution as a server computes it, under relative ARD over runs of 8."""
     manifest = tiny_manifest(
         sae,
+        version=FORMAT_VERSION if solution.carried is None else CARRYING_VERSION,
         layer=LAYER,
         decision=Decision(
             statistic="relative", tau=tau, scope=Scope(run=8), max_norm=sae.report["max_norm"]
@@ -78,7 +82,8 @@ def operator_of(solution: Solution, sae: SparseAutoencoder, tau: float = 0.9) ->
         activation=solution.activation,
         theta=solution.theta,
     )
-    edit_set = EditSet(manifest, solution.scoring, solution.edit, Golden.none())
+    changes = solution.scoring, solution.edit
+    edit_set = EditSet(manifest, *changes, Golden.none(), carried=solution.carried)
     return EditOperator.build(edit_set, sae)
 
 

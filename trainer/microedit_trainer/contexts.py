@@ -26,7 +26,8 @@ class PromptTokens:
         answer_ids: the answer's tokens, without the end token.
         end_id: the token that ends the answer.
         scored: [from, to) positions that the switch looks at.
-        subject_start: position of the subject's first token where it is known, else None.
+        subject_start, subject_stop: positions [start, stop) of the subject's tokens where they are
+            known, else None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -34,6 +35,7 @@ class PromptTokens:
     end_id: int
     scored: tuple[int, int]
     subject_start: int | None = None
+    subject_stop: int | None = None
 
     @property
     def edit_from(self) -> int:
@@ -97,12 +99,14 @@ class Contexts:
                 f"than the model's context of {self.max_length}; shorten it"
             )
         span = scored_span(prompt_ids, len(prompt_ids) - 1, self.scope, self.turn)
+        start, stop = _subject_span(text, offsets, subject or guess_subject(prompt))
         return PromptTokens(
             prompt_ids=tuple(prompt_ids),
             answer_ids=tuple(answer_ids),
             end_id=int(self.tokenizer.eos_token_id),
             scored=span,
-            subject_start=_subject_start(text, offsets, subject or guess_subject(prompt)),
+            subject_start=start,
+            subject_stop=stop,
         )
 
     def _encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -191,8 +195,14 @@ def guess_subject(prompt: str) -> str | None:
     return max(runs, key=len).rstrip(".'’") if runs else None
 
 
-def _subject_start(text: str, offsets: list[tuple[int, int]], subject: str | None) -> int | None:
+def _subject_span(
+    text: str, offsets: list[tuple[int, int]], subject: str | None
+) -> tuple[int | None, int | None]:
+    """Positions of the tokens that hold the last mention of a subject."""
     begin = text.rfind(subject) if subject else -1
-    if begin < 0:
-        return None
-    return next((i for i, (_, stop) in enumerate(offsets) if stop > begin), None)
+    if subject is None or begin < 0:
+        return None, None
+    end = begin + len(subject)
+    start = next((i for i, (_, stop) in enumerate(offsets) if stop > begin), None)
+    last = [i for i, (first, _) in enumerate(offsets) if first < end]
+    return (start, last[-1] + 1) if start is not None and last else (None, None)

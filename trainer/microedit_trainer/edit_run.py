@@ -40,7 +40,12 @@ from microedit_vllm.artifact import (
     with_golden,
 )
 from microedit_vllm.artifact.edit_set import relative_sae_path
-from microedit_vllm.artifact.manifest import ModelIdentity, SaeIdentity
+from microedit_vllm.artifact.manifest import (
+    CARRYING_VERSION,
+    FORMAT_VERSION,
+    ModelIdentity,
+    SaeIdentity,
+)
 from microedit_vllm.errors import MicroEditError
 
 GOLDEN_TOKENS = 16
@@ -286,6 +291,7 @@ class EditRun:
         relative = settings.solver.statistic == "relative"
         solver = settings.solver.hyperparameters()
         return Manifest(
+            version=FORMAT_VERSION if solution.carried is None else CARRYING_VERSION,
             model=ModelIdentity(
                 name=self.lm.name.rstrip("/").rsplit("/", 1)[-1],
                 fingerprint=fingerprint_model(self.lm.folder),
@@ -332,7 +338,9 @@ class EditRun:
     ) -> EditSet:
         """The set before τ is known: golden activations for golden_z [g, d]."""
         manifest = self._manifest(facts, solution, out)
-        draft = EditSet(manifest, solution.scoring, solution.edit, Golden.none())
+        draft = EditSet(
+            *(manifest, solution.scoring, solution.edit, Golden.none()), carried=solution.carried
+        )
         return with_golden(draft, self.sae, golden_z.to(self.sae.W_enc.device))
 
     def _calibrate(

@@ -143,14 +143,18 @@ class TorchEngine:
         ]
         if not where:
             return [p.z for p in prompts]
-        changed = self.operator.edited(torch.cat([z[start:] for z, start in where]))
-        parts = iter(changed.split([len(z) - start for z, start in where]))
+        edited = self.operator.edited(torch.cat([z[start:] for z, start in where]))
+        parts = iter(edited.split([len(z) - start for z, start in where]))
         residuals = []
         for prompt, start, is_on in zip(prompts, starts, on, strict=True):
             z = prompt.z
             if is_on:
                 z = z.clone()
-                z[start:] = next(parts).to(z.dtype)
+                changed = next(parts)
+                if self.operator.carries:
+                    scored = prompt.z[prompt.scored].to(device)
+                    changed[prompt.edited.start - start] += self.operator.carried_by(scored)
+                z[start:] = changed.to(z.dtype)
             residuals.append(z)
         return residuals
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from microedit_trainer.calibration_prompts import other_subjects
@@ -12,6 +11,7 @@ from microedit_trainer.contexts import ContextName, Contexts, PromptTokens, rewo
 from microedit_trainer.facts import Fact, swap_subjects
 from microedit_trainer.residual_store import ResidualStore
 from microedit_trainer.solvers.problem import Stages
+from microedit_trainer.stored_residuals import StoredPrompt
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class OtherWordings:
         found = self.store.decisions_of(flat, shown)
         return list(found.split([len(others) for others in rendered]))
 
-    def swapped(self, facts: Sequence[Fact], most: int) -> Tensor | None:
+    def swapped(self, facts: Sequence[Fact], most: int) -> list[StoredPrompt]:
         """As in `EditProblem.swapped`, of at most so many facts: those of every second, third, …"""
         if not most:
-            return None
+            return []
         others = swap_subjects(facts, other_subjects())
         others = others[:: math.ceil(len(others) / most) or 1]
         # Behind a long passage the subject lies outside of what is scored: all of that is the
@@ -55,8 +55,7 @@ class OtherWordings:
         def shown(done: int, total: int) -> None:
             self.stages("other subjects", done / total, f"{total} prompts")
 
-        found = [p.z[p.identifying] for p in self.store.of(told, shown)] if told else []
-        return torch.cat(found) if found else None
+        return self.store.of(told, shown) if told else []
 
     def _rendered(self, facts: Sequence[Fact]) -> list[PromptTokens]:
         return [

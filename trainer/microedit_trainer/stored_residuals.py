@@ -62,6 +62,14 @@ class StoredPrompt:
         """Scored positions that are not identifying: [S] int64."""
         return self.scored[~torch.isin(self.scored, self.identifying)]
 
+    @property
+    def about(self) -> Tensor:
+        """Scored positions of the subject itself; the identifying ones where it is unknown or lies
+        outside of what is scored: [S] int64."""
+        stop = self.tokens.subject_stop
+        own = self.identifying if stop is None else self.identifying[self.identifying < stop]
+        return own if len(own) else self.identifying
+
 
 @torch.no_grad()
 def store_residuals(

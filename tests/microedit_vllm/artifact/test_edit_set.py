@@ -49,6 +49,27 @@ def test_round_trip(tmp_path, shared):
         assert torch.equal(getattr(loaded.golden, name), getattr(edit_set.golden, name))
 
 
+def test_a_carried_change_comes_back_and_is_missed_where_it_is_not_there(tmp_path):
+    edit_set = tiny_edit_set(tiny_sae(), carries=True)
+    edit_set.save(tmp_path / "set")
+    loaded = EditSet.load(tmp_path / "set")
+    assert loaded.manifest.version == 2
+    assert list(loaded.changes) == ["scoring", "edit", "carried"]
+    assert torch.equal(loaded.carried.indices, edit_set.carried.indices)
+    assert torch.equal(loaded.carried.values, edit_set.carried.values)
+    tensors = load_file(tmp_path / "set" / "edits.safetensors")
+    del tensors["carried.values"]
+    save_file(tensors, tmp_path / "set" / "edits.safetensors")
+    refused(tmp_path / "set", "tensor 'carried.values' is missing")
+
+
+def test_a_set_that_carries_nothing_is_of_the_first_version(folder):
+    loaded = EditSet.load(folder)
+    assert loaded.manifest.version == 1
+    assert loaded.carried is None
+    assert loaded.manifest.carries is False
+
+
 def test_the_shared_form_stores_one_change(tmp_path):
     tiny_edit_set(tiny_sae(), shared=True).save(tmp_path / "set")
     assert set(load_file(tmp_path / "set" / "edits.safetensors")) == {
@@ -179,7 +200,11 @@ def test_a_missing_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2, this release reads 1"),
+        ({"version": 3}, "format version 3, this release reads 1 and 2"),
+        (
+            {"version": 2, "placement": "replace", "activation": "topk", "theta": None},
+            "a carried change needs delta placement",
+        ),
         ({"version": "1"}, "format version '1'"),
         ({"version": None}, "format version None"),
         ({"format": "something-else"}, "format: "),

@@ -71,6 +71,14 @@ def test_the_shared_form_counts_its_one_change_once(tmp_path):
     assert found["bytes"] == 5 * (8 + 24)
 
 
+def test_what_is_carried_counts(tmp_path):
+    tiny_edit_set(tiny_sae(), carries=True).save(tmp_path / "set")
+    found = json.loads(inspect(tmp_path / "set", "--json").stdout)
+    assert found["rows_carried"] == 15
+    assert found["bytes"] == (5 + 3 + 15) * (8 + 24)
+    assert "5 scoring, 3 edit, 15 carried" in inspect(tmp_path / "set").stdout
+
+
 def test_a_damaged_set_is_one_line_and_status_2(folder):
     path = folder / "edits.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

@@ -16,6 +16,7 @@ SIZES = (2, 3)
 # 47 latents part into shares of unequal size; 20 is more than a third of them.
 CASES: dict[str, dict[str, Any]] = {
     "delta": {"k": 5},
+    "carried": {"k": 5, "carries": True},
     "the paper's form": {"k": 5, "shared": True},
     "shares smaller than k": {"k": 20, "shared": True},
     "ties": {"k": 20, "shared": True, "integers": True},
@@ -23,13 +24,13 @@ CASES: dict[str, dict[str, Any]] = {
 TAU = 0.9
 
 
-def make_operator(k: int, shared: bool = False, integers: bool = False) -> EditOperator:
+def make_operator(k: int, integers: bool = False, **form: bool) -> EditOperator:
     """A whole operator; of integers alone, so that sums are exact and many latents tie."""
     sae = tiny_sae(n=47, k=k)
     if integers:
         weights = (sae.W_enc * 3).round(), (sae.b_enc * 20).round()
         sae = SparseAutoencoder(*weights, sae.W_dec, torch.zeros_like(sae.b_dec), k)
-    return EditOperator.build(tiny_edit_set(sae, shared=shared), sae)
+    return EditOperator.build(tiny_edit_set(sae, **form), sae)
 
 
 def make_rows(integers: bool = False) -> torch.Tensor:
@@ -46,7 +47,9 @@ def results(operator: EditOperator, case: str) -> dict[str, torch.Tensor]:
     deep_acts, _ = operator.encode(z[:6].view(2, 3, -1))
     dist, dist0 = operator.distances(z)
     found = {"acts": acts, "indices": indices, "dist": dist, "dist0": dist0}
-    return found | {"edited": operator.edited(z), "deep": deep_acts.flatten(0, 1)}
+    found |= {"edited": operator.edited(z), "deep": deep_acts.flatten(0, 1)}
+    weights = torch.linspace(0, 1, len(z))[None]
+    return found | {"carried": operator.carried_change(acts[None], indices[None], weights)}
 
 
 def run_ranks(folder: Path) -> dict[int, list[dict[str, Any]]]:

@@ -69,7 +69,7 @@ def expected_ard(operator: EditOperator) -> torch.Tensor:
 @pytest.mark.parametrize(
     "cuts", [[], *([at] for at in range(1, LENGTH)), [2, 7, 15], list(range(1, LENGTH))]
 )
-@pytest.mark.parametrize("form", [{}, {"shared": True}])
+@pytest.mark.parametrize("form", [{}, {"shared": True}, {"carries": True}])
 def test_any_cut_of_the_prompt_gives_the_same_decision_and_tokens(cuts, form):
     operator = make_operator(tau=1e6, **form)
     state, request = EditState(operator, SLOTS), RequestState("r", PLAN)
@@ -78,7 +78,11 @@ def test_any_cut_of_the_prompt_gives_the_same_decision_and_tokens(cuts, form):
     e = PLAN.edit_from
     assert torch.equal(hidden[:e], before_hidden[:e])
     assert torch.equal(residual[:e], before_residual[:e])
-    wanted = operator.edited((before_hidden + before_residual)[e:])
+    before = before_hidden + before_residual
+    wanted = operator.edited(before[e:])
+    carried = operator.carried_by(before[PLAN.scored_from : PLAN.scored_to])
+    assert bool(carried.norm() > 0.1) == operator.carries
+    wanted[0] += carried
     torch.testing.assert_close((hidden + residual)[e:].float(), wanted, rtol=1e-2, atol=1e-2)
     record = state.records.read("r")
     assert record is not None
@@ -87,8 +91,10 @@ def test_any_cut_of_the_prompt_gives_the_same_decision_and_tokens(cuts, form):
 
 
 @pytest.mark.parametrize("cuts", [[], [8], list(range(1, LENGTH))])
-def test_off_touches_nothing(cuts):
-    state, request = EditState(make_operator(tau=1e-6), SLOTS), RequestState("r", PLAN)
+@pytest.mark.parametrize("carries", [False, True])
+def test_off_touches_nothing(cuts, carries):
+    operator = make_operator(tau=1e-6, carries=carries)
+    state, request = EditState(operator, SLOTS), RequestState("r", PLAN)
     hidden, residual = run(state, request, cuts)
     assert all(torch.equal(a, b) for a, b in zip((hidden, residual), residuals(), strict=True))
     assert state.feedback.drain() == [("r", False)]
@@ -114,12 +120,13 @@ def test_nothing_to_score_is_off():
     assert state.records.read("r") == {"ard": None, "on": False}
 
 
-def test_recomputation_after_preemption_decides_anew():
+@pytest.mark.parametrize("carries", [False, True])
+def test_recomputation_after_preemption_decides_anew(carries):
     """The slots now belong to other tokens, and the host still believes the old decision."""
-    operator = make_operator(tau=1e6)
+    operator = make_operator(tau=1e6, carries=carries)
     state, request = EditState(operator, SLOTS), RequestState("r", PLAN)
     first, _ = run(state, request, [8])
-    for tensor in (state.slots.dist, state.slots.dist0):
+    for tensor in (state.slots.dist, state.slots.dist0, state.slots.acts):
         tensor.fill_(torch.nan)
     state.slots.on.fill_(False)
     request.on = False
@@ -138,6 +145,30 @@ def test_batch_mates_do_not_meet():
     assert torch.equal(mixed[0][:LENGTH], residuals(1)[0])
     assert torch.equal(mixed[1][:LENGTH], residuals(1)[1])
     torch.testing.assert_close(mixed[0][LENGTH:], alone)
+
+
+def test_sinks_carry_nothing():
+    z = torch.stack(residuals()).sum(0)[PLAN.scored_from : PLAN.scored_to]
+    norms = z.float().norm(dim=-1)
+    operator = make_operator(tau=1e6, max_norm=float(norms.median()), carries=True)
+    hidden, residual = run(EditState(operator, SLOTS), RequestState("r", PLAN), [8])
+    at_e = torch.stack(residuals()).sum(0)[PLAN.edit_from]
+    wanted = operator.edited(at_e) + operator.carried_by(z[norms <= norms.median()])
+    found = (hidden + residual)[PLAN.edit_from].float()
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_a_longer_prompt_in_the_batch_changes_no_bit_of_what_is_carried():
+    operator = make_operator(tau=1e6, carries=True)
+    short = RequestPlan(edit_from=9, scored_from=3, scored_to=9, substitute_from=9)
+    alone, residual = (part[:10] for part in residuals())
+    apply(EditState(operator, SLOTS), alone, residual, share(RequestState("a", short), 0, 10))
+    mixed = [torch.cat([part[:10], part]) for part in residuals()]
+    longer = share(RequestState("b", PLAN), 0, LENGTH, row=10, index=1)
+    shorter = share(RequestState("a", short), 0, 10)
+    apply(EditState(operator, SLOTS), *mixed, shorter, longer)
+    assert torch.equal(mixed[0][:10], alone)
+    assert not torch.equal(alone[9], residuals()[0][9])
 
 
 def test_a_stream_of_one_tensor():

@@ -43,8 +43,13 @@ def test_shares_of_the_latents_give_what_the_whole_gives(ranks, size, case):
     assert sum(found["latents"] for found in ranks[size]) == 47
     for found in ranks[size]:
         assert torch.equal(found[case]["indices"], whole["indices"])
-        for name in ("acts", "deep", "dist", "dist0", "edited"):
+        for name in ("acts", "deep", "dist", "dist0", "edited", "carried"):
             torch.testing.assert_close(found[case][name], whole[name])
+
+
+def test_the_case_that_carries_carries_something():
+    assert results(make_operator(**CASES["carried"]), "carried")["carried"].norm() > 0
+    assert results(make_operator(**CASES["delta"]), "delta")["carried"].norm() == 0
 
 
 def test_the_case_of_ties_has_ties_at_the_border_of_the_set():

@@ -9,7 +9,7 @@ from tests.microedit_vllm.engine.tiny_served import TinyServed, tiny_served
 
 FORMS = [
     ("delta", "window", "relative"),
-    ("delta", "window", "relative"),
+    ("carried", "window", "relative"),
     ("replace", "last", "absolute"),
     ("sequence", "all", "absolute"),
 ]

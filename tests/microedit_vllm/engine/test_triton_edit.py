@@ -26,7 +26,12 @@ from tests.microedit_vllm.engine.test_edit_state import (
     step,
 )
 
-FORMS = [{}, {"shared": True}, {"shared": True, "placement": "delta"}]
+FORMS = [
+    {},
+    {"carries": True},
+    {"shared": True},
+    {"shared": True, "placement": "delta"},
+]
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from microedit_vllm.artifact import (
 )
 from microedit_vllm.artifact.edit_operator import with_golden
 from microedit_vllm.artifact.edit_set import relative_sae_path
-from microedit_vllm.artifact.manifest import ModelIdentity, SaeIdentity
+from microedit_vllm.artifact.manifest import CARRYING_VERSION, ModelIdentity, SaeIdentity
 from tests.tiny_model import tiny_model
 
 LAYER, LAYERS, HIDDEN = 2, 4, 128
@@ -39,6 +39,12 @@ CLEAR = 2e-3
 
 FORMS: dict[str, dict[str, Any]] = {
     "delta": {"placement": "delta", "activation": "threshold", "theta": 0.0},
+    "carried": {
+        "placement": "delta",
+        "activation": "threshold",
+        "theta": 0.0,
+        "version": CARRYING_VERSION,
+    },
     "replace": {"placement": "replace", "activation": "topk", "theta": None},
     "sequence": {
         "placement": "replace",
@@ -108,18 +114,21 @@ class TinyServed:
             ard = self.ard(tokens, edit_from) if edits else float("inf")
             on = edits and ard <= self.manifest.decision.tau
             e = len(tokens) - 1 if edit_from is None else edit_from
-            start = 1 if self.manifest.position == "sequence" else e
-            self._answers[key] = self._generate(tokens, count, start if on else None, ard)
+            self._answers[key] = self._generate(tokens, count, e if on else None, ard)
         return self._answers[key]
 
     @torch.inference_mode()
-    def _generate(self, tokens: list[int], count: int, start: int | None, ard: float) -> Answer:
+    def _generate(self, tokens: list[int], count: int, e: int | None, ard: float) -> Answer:
+        """The answer when edits begin at e, or nowhere."""
         sequence, gaps = list(tokens), []
 
         def substitute(module: Any, args: Any, output: Any) -> Any:
             z = output[0] if isinstance(output, tuple) else output
-            if start is not None:
+            if e is not None:
+                carried = self._carried(z[0], tokens, e)
+                start = 1 if self.manifest.position == "sequence" else e
                 z[:, start:] = self.operator.edited(z[:, start:])
+                z[:, e] += carried
             return output
 
         hook = self.hf.model.layers[self.layer].register_forward_hook(substitute)
@@ -131,7 +140,13 @@ class TinyServed:
                 sequence.append(int(best.indices[0]))
         finally:
             hook.remove()
-        return Answer(tuple(sequence[len(tokens) :]), start is not None, ard, tuple(gaps))
+        return Answer(tuple(sequence[len(tokens) :]), e is not None, ard, tuple(gaps))
+
+    def _carried(self, z: Tensor, tokens: list[int], e: int) -> Tensor:
+        """What the scored tokens carry to e, [d]."""
+        decision = self.manifest.decision
+        begin, end = scored_span(tokens, e, decision.scope, decision.turn)
+        return self.operator.carried_by(z[begin:end])
 
 
 def tiny_served(
@@ -162,7 +177,8 @@ def tiny_served(
     shared = FORMS[form]["activation"] == "topk"
     edit = change if shared else DecoderChange(rows, 2 * noise)
     manifest = _manifest(folder, sae, root, form, scope, statistic, layer)
-    draft = EditSet(manifest, change, edit, Golden.none(), [{}])
+    carried = DecoderChange(rows.clone(), 2 * noise.flip(0)) if manifest.carries else None
+    draft = EditSet(manifest, change, edit, Golden.none(), [{}], carried=carried)
     served.operator = EditOperator.build(draft, sae)
     tau = _tau(served)
     decision = draft.manifest.decision.model_copy(update={"tau": tau})

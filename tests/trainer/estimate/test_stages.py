@@ -44,6 +44,7 @@ def plan(joint: bool, facts: int, offload: bool = True) -> EditPlan:
         scored=15 * prompts,
         ordinary=3000 * joint,
         checked=2 * facts * (15 + 45 * joint),
+        carries=False,
         latents=131_072,
         k=192,
         rows=max(500, 15 * facts),

@@ -231,7 +231,7 @@ def test_wordings_about_other_subjects_are_held(lm, sae, problem, solution):
     prompts = [p for fact in stored_prompts(lm, sae, others) for p in fact]
     swapped = torch.cat([p.z[p.identifying] for p in prompts])
     held = replace(JOINT, swapped_weight=1.0)
-    found = held.solve(replace(problem, swapped=swapped), no_progress)
+    found = held.solve(replace(problem, swapped=prompts), no_progress)
     codes = dense_codes(*sae.encode(swapped), sae.num_latents)
 
     def added(of):

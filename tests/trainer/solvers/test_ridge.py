@@ -268,14 +268,28 @@ def test_a_system_that_rounding_spoils_is_refused():
         system.solve(0.1)
 
 
-def test_a_factor_that_rounding_spoils_is_taken_of_a_little_more():
-    gram = torch.tensor([[1.0, 9.0], [1.0, 1.0 - 1e-6]])  # the upper half is not read
-    lower = ridge._factor(gram, None, 1e-7)
-    found = lower.tril() @ lower.tril().T
-    torch.testing.assert_close(found, torch.ones(2, 2), rtol=0, atol=1e-4)
-    assert gram[0, 1] == 9
-    with pytest.raises(MicroEditError, match="cannot be factored"):
-        ridge._factor(torch.full((2, 2), torch.nan), None, 1.0)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_factor_that_rounding_spoils_is_taken_of_a_little_more(last):
+    """Two rows with the same codes: in fp32 their ridge is lost."""
+    own = coded(lambda z: z[:, :1].abs().expand(-1, 2) + 0.5, [term(9, 1.0, 0)])
+    system = RefinedSystem.of(own, unwatched)
+    gram = system._gram.clone()
+    lower = system._factored(1e-7, None, last)
+    torch.testing.assert_close((lower.tril() @ lower.tril().T), gram.tril() + gram.tril(-1).T)
+    assert (system._gram is None) == last
+    system._gram = torch.full((2, 2), torch.nan)
+    if not last:
+        with pytest.raises(MicroEditError, match="cannot be factored"):
+            system._factored(1.0, None, last)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kept", [None, torch.tensor([1, 4, 8])], ids=["all", "some"])
+def test_the_last_solve_is_as_the_others(way, kept):
+    own = coded(encoder(20), [term(30, 1.0, 0), term(3, 0.5, 1, wanted=False)])
+    system = way.of(own, unwatched)
+    wanted = system.solve(0.02, kept)
+    assert torch.equal(system.solve(0.02, kept, last=True), wanted)
 
 
 def test_a_factor_far_off_costs_steps_alone():

@@ -121,6 +121,16 @@ def edit(
             "which shall not switch on; 0 does without, which saves time and costs Gen.",
         ),
     ] = 10.0,
+    carry: Annotated[
+        bool | None,
+        typer.Option(
+            "--carry/--no-carry",
+            help="joint: carry the answer from the subject's tokens to wherever it is asked for: "
+            "more paraphrases are answered, and more of what else is asked about the subject is "
+            "changed. Default: with more than 1,000 facts.",
+            show_default=False,
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="sequential: α of ARD; default: the SAE's mean ‖ẑ−z‖².")
@@ -179,14 +189,13 @@ def edit(
         tau = shared.tau(len(split.edited)) if tau is None else tau
     chosen: Solver
     if solver is SolverName.joint:
-        chosen, scope = (
-            JointSolver(
-                rows_per_fact=encoder.num_latents if rows_per_fact == 0 else rows_per_fact,
-                reworded_weight=reworded_weight,
-                swapped_weight=swapped_weight,
-            ),
-            Scope(),
+        chosen = JointSolver(
+            rows_per_fact=encoder.num_latents if rows_per_fact == 0 else rows_per_fact,
+            carries=carry,
+            reworded_weight=reworded_weight,
+            swapped_weight=swapped_weight,
         )
+        scope = chosen.scope(len(split.edited))
     else:
         if rows_per_fact is None:
             rows_per_fact = SEQUENTIAL_ROWS_PER_FACT
@@ -271,6 +280,7 @@ def _report(console: Console, edit_set: "EditSet", out: Path) -> None:
         "margin to unrelated": f"{decision.margin_unrelated:+.3f}",
         "rows to score": str(len(edit_set.scoring.indices)),
         "rows to edit": str(len(edit_set.edit.indices)),
+        "rows that carry": str(len(edit_set.carried.indices)) if edit_set.carried else "none",
         "seconds per edit": f"{manifest.scores['seconds_per_edit']:.2f}",
     }
     for name, value in rows.items():

@@ -40,6 +40,7 @@ class EditPlan:
         reworded: other wordings of each prompt, each with one target.
         swapped: facts whose wordings are held about another subject.
         ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
+        carries: whether the joint solver makes a carried change.
         latents, k: the SAE's. rows: budget of each change of the joint solver.
         steps: of Adam, for a target or a fact.
     """
@@ -57,6 +58,7 @@ class EditPlan:
     scored: int
     ordinary: int
     checked: int
+    carries: bool
     latents: int
     k: int
     rows: int
@@ -191,6 +193,8 @@ def _scoring(model: ModelSize, plan: EditPlan, device: str) -> dict[str, int]:
     d, rows = model.hidden_size, plan.changed_rows()
     stored = 2 + (4 if device == "cpu" else 2)
     changes = rows * d * (2 * stored + 4 if plan.joint else stored)
+    # The carried change is in fp32 everywhere.
+    changes += rows * d * (2 + 4) if plan.carries else 0
     scored = plan.longest * plan.latents * 3 * 4
     # On a GPU a change is made fp32 where it is used.
     widened = 0 if device == "cpu" else rows * d * 4
@@ -230,6 +234,9 @@ def edit_seconds(
         solves = _ridge_operations(scoring, scoring * plan.k, plan.latents, d)
         active = int(ACTIVE_SHARE * plan.latents)
         solves += _ridge_operations(edit, edit * active, plan.latents, d)
+        if plan.carries:
+            pooled = plan.prompts + plan.swapped + plan.ordinary
+            solves += _ridge_operations(pooled, scoring * plan.k, plan.latents, d)
         solving = runs + coded * encode + solves / sae_flops
     else:
         solving = runs + plan.tokens * encode

@@ -64,6 +64,7 @@ def plan_edit(
         scored=own.scored,
         ordinary=unchanged.tokens if solver.holds_ordinary else 0,
         checked=checked,
+        carries=isinstance(solver, JointSolver) and solver.is_carried(len(facts)),
         latents=sae.num_latents,
         k=sae.k,
         rows=_rows(solver, len(facts), sae.num_latents),

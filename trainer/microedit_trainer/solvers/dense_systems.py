@@ -34,7 +34,11 @@ class RowSystem:
         return cls(gram, right)
 
     def solve(
-        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+        self,
+        ridge: float,
+        kept: Tensor | None = None,
+        start: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """See `ridge.System.solve`."""
         if kept is None:
@@ -60,7 +64,11 @@ class TokenSystem:
         return cls(codes, wanted)
 
     def solve(
-        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+        self,
+        ridge: float,
+        kept: Tensor | None = None,
+        start: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """See `ridge.System.solve`."""
         codes = self.codes if kept is None else self.codes[:, kept]

@@ -4,6 +4,9 @@ The scoring change makes ẑ reconstruct z on the facts' own tokens from the sub
 the switch turns on there and nowhere else; tokens before it are held as they are. The edit change
 adds the targets' δ* from the decision position on, there and where the same prompt stands within
 other words.
+
+In a large set the subject's tokens alone are reconstructed, and carry the first of the answer's δ*
+to the decision position (`carried`); the edit change adds what is left of it, and the rest.
 """
 
 import json
@@ -18,6 +21,7 @@ from torch import Tensor
 from microedit_kernels.edit_change import threshold_acts
 from microedit_kernels.topk_encode import pre_acts
 from microedit_trainer.language_model import Progress
+from microedit_trainer.solvers.carried import PooledCodes
 from microedit_trainer.solvers.kept_solution import KeptSolution
 from microedit_trainer.solvers.problem import EditProblem, Solution
 from microedit_trainer.solvers.resume import TargetStore
@@ -31,7 +35,7 @@ from microedit_trainer.solvers.sparse_codes import (
 )
 from microedit_trainer.solvers.targets import TargetSettings
 from microedit_trainer.stored_residuals import StoredPrompt
-from microedit_vllm.artifact import DecoderChange
+from microedit_vllm.artifact import DecoderChange, Scope
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 
 # Measured at T = 100, n = 18,432: Gen with the switch forced on 0.894 with 20, 0.921 with 30.
@@ -43,6 +47,10 @@ SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT = 500, 25
 # pass. Measured: at 1,600 facts the share of ZsRE's paraphrases that switch on rises from 0.57 to
 # 0.70 where 10% of the near prompts do; at 300 it stays (ordinary prompts bound τ there).
 HELD_ABOVE, MOST_HELD = 1000, 2000
+# Scored tokens that the switch takes together where the subject's alone are reconstructed.
+CARRIED_RUN = 2
+# Weight of the tokens before the subject there: a run of two hardly ever reaches them.
+SHARED_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,14 @@ class JointSolver:
         scoring: the ridge solve of the scoring change, which must not reach other prompts. Its
             high ridge makes what it learns of a fact's tokens hold in other wordings.
         edit: the ridge solve of the edit change, which acts only where the switch is on.
+        subject_scoring: in place of `scoring` where there is a carried change. That set has no row
+            budget but the edit change's: measured at 1,600 facts, two thirds of the rows cost a
+            ninth of the edited prompts that switch on.
+        carried: the ridge solve of the carried change.
+        carries: whether the subject's tokens carry the answer to wherever it is asked for. That
+            answers paraphrases which end in other words, and whatever else is asked about the
+            subject too. None: in sets of more than `HELD_ABOVE` facts, which leave the last
+            token's residual too little room to tell them apart.
         theta: θ, the pre-activation above which a latent counts in the edit change.
         swapped_weight: weight of the facts' wordings about other subjects in the scoring change of
             a large set; 0 does without, which saves their forward passes.
@@ -82,6 +98,9 @@ class JointSolver:
     least_rows: int = 250
     scoring: RidgeSettings = RidgeSettings(ridge=1e-1, unchanged_weight=1.0)
     edit: RidgeSettings = RidgeSettings(ridge=3e-3, unchanged_weight=0.03)
+    subject_scoring: RidgeSettings = RidgeSettings(ridge=5e-2, unchanged_weight=1.0)
+    carried: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=0.3)
+    carries: bool | None = None
     theta: float = 0.0
     swapped_weight: float = 10.0
     reworded_weight: float = 0.5
@@ -107,6 +126,14 @@ class JointSolver:
         wanted = self.swapped_weight > 0 and facts > HELD_ABOVE
         return min(facts, MOST_HELD) if wanted else 0
 
+    def is_carried(self, facts: int) -> bool:
+        """Whether a set of so many facts has a carried change."""
+        return facts > HELD_ABOVE if self.carries is None else self.carries
+
+    def scope(self, facts: int) -> Scope:
+        """What the switch of a set of so many facts looks at."""
+        return Scope(run=CARRIED_RUN) if self.is_carried(facts) else Scope()
+
     def hyperparameters(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -114,8 +141,12 @@ class JointSolver:
         """Targets of every prompt (resumable), then both solves."""
         deltas = self._all_targets(problem, progress)
         scoring = self._scoring_change(problem)
+        carried = None
+        if self.is_carried(len(problem.facts)):
+            carried, deltas = self._carried_change(problem, scoring, deltas)
         edit, latents = self._edit_change(problem, deltas)
-        return Solution(scoring, edit, "delta", "threshold", self.theta, {"least_latents": latents})
+        report = {"least_latents": latents}
+        return Solution(scoring, edit, "delta", "threshold", self.theta, report, carried)
 
     def budgets(self, facts: int, num_latents: int) -> dict[str, int]:
         """Rows that each change may have."""
@@ -125,8 +156,9 @@ class JointSolver:
             per_fact = ROWS_PER_FACT if fits else FEWER_ROWS_PER_FACT
             small = min(SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT * facts)
         rows = max(self.least_rows, per_fact * facts)
-        scoring = max(self.least_rows, small, per_fact * facts // 3)
-        return {"scoring": scoring, "edit": rows}
+        if self.is_carried(facts):
+            return {"scoring": num_latents, "carried": num_latents, "edit": rows}
+        return {"scoring": max(self.least_rows, small, per_fact * facts // 3), "edit": rows}
 
     def _all_targets(self, problem: EditProblem, progress: Progress) -> list[Tensor]:
         """δ* of every prompt, in the order of `_prompts`; those solved before are read back."""
@@ -151,7 +183,10 @@ class JointSolver:
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:
         sae, prompts = problem.sae, _prompts(problem)
-        own = torch.cat([p.z[p.identifying] for p in prompts])
+        carries = self.is_carried(len(problem.facts))
+        settings = self.subject_scoring if carries else self.scoring
+        shared_weight = SHARED_WEIGHT if carries else settings.unchanged_weight
+        own = torch.cat([p.z[p.about if carries else p.identifying] for p in prompts])
         shared = torch.cat([p.z[p.shared] for p in prompts])
 
         def encode(part: Tensor) -> Tensor:
@@ -159,12 +194,34 @@ class JointSolver:
 
         terms = [
             Term(own, Unexplained(sae.W_dec, sae.b_dec), 1.0),
-            Term(problem.ordinary, None, self.scoring.unchanged_weight),
-            Term(shared, None, self.scoring.unchanged_weight),
+            Term(problem.ordinary, None, settings.unchanged_weight),
+            Term(shared, None, shared_weight),
         ]
-        if problem.swapped is not None:
-            terms.append(Term(problem.swapped, None, self.swapped_weight))
-        return self._solve(problem, "scoring", self.scoring, encode, terms)[0]
+        if problem.swapped:
+            held = torch.cat([p.z[p.identifying] for p in problem.swapped])
+            terms.append(Term(held, None, self.swapped_weight))
+        return self._solve(problem, "scoring", settings, encode, terms)[0]
+
+    def _carried_change(
+        self, problem: EditProblem, scoring: DecoderChange, deltas: Sequence[Tensor]
+    ) -> tuple[DecoderChange, list[Tensor]]:
+        """The change, and what it leaves of each prompt's δ* to the edit change."""
+        sae, device = problem.sae, problem.ordinary.device
+        scoring = scoring.to(device)
+        own = PooledCodes.of(sae, scoring, _prompts(problem))
+        held = PooledCodes.of(sae, scoring, problem.swapped)
+        held += PooledCodes.of_tokens(sae, problem.ordinary)
+        pooled = own + held
+        numbers = torch.arange(len(pooled), device=device)
+        terms = [
+            Term(numbers[: len(own)], torch.stack([delta[0] for delta in deltas]), 1.0),
+            Term(numbers[len(own) :], None, self.carried.unchanged_weight),
+        ]
+        change, _ = self._solve(problem, "carried", self.carried, pooled.dense, terms)
+        rest = []
+        for delta, done in zip(deltas, own.decode(change, device), strict=True):
+            rest.append(torch.cat([delta[:1] - done, delta[1:]]))
+        return change, rest
 
     def _edit_change(
         self, problem: EditProblem, deltas: Sequence[Tensor]
@@ -218,12 +275,13 @@ class JointSolver:
         before = KeptSolution(problem.targets_folder, name, origin)
         start = None if is_quick(coded) else before.start(rows, coded.width)
         system = ridge_system(coded, watch)
-        change = system.solve(ridge, start=start)
-        before.keep(rows, change)
         budget = self.budgets(len(problem.facts), problem.sae.num_latents)[name]
-        if len(rows) > budget:
+        fits = len(rows) <= budget
+        change = system.solve(ridge, start=start, last=fits)
+        before.keep(rows, change)
+        if not fits:
             kept = strongest_rows(change, coded.survey.rms[rows], budget)
-            rows, change = rows[kept], system.solve(ridge, kept, start=change[kept])
+            rows, change = rows[kept], system.solve(ridge, kept, start=change[kept], last=True)
         watch(1.0, f"{len(rows)} rows")
         return DecoderChange(rows.cpu(), change.to(VALUES_DTYPE).cpu()), coded.survey.least
 

@@ -29,8 +29,8 @@ class EditProblem:
         reworded: per prompt of `facts`, context by context, z at the decision position of each
             of its rewordings, [W, d]; empty where the solver wants none.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
-        swapped: residuals of the facts' wordings about other subjects, from the subject on, [N, d]:
-            what must not switch on; None where the solver wants none.
+        swapped: the facts' wordings about other subjects, which must not switch on; empty where
+            the solver wants none.
         work_folder: where a solver keeps what lets a stopped run resume.
         targets_folder: where the joint solver keeps targets and its solution for later runs; None
             keeps the targets in the work folder.
@@ -48,7 +48,7 @@ class EditProblem:
     targets_folder: Path | None = None
     origin: str = ""
     reworded: Sequence[Tensor] = ()
-    swapped: Tensor | None = None
+    swapped: Sequence[StoredPrompt] = ()
     executor: Executor = field(default_factory=InProcess)
     stages: Stages = no_stages
 
@@ -63,6 +63,7 @@ class Solution:
     activation: Literal["topk", "threshold"]
     theta: float | None
     report: dict[str, Any]
+    carried: DecoderChange | None = None
 
 
 class Solver(Protocol):

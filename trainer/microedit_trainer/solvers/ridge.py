@@ -49,13 +49,18 @@ class System(Protocol):
     """The regression over all rows of the coded terms."""
 
     def solve(
-        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+        self,
+        ridge: float,
+        kept: Tensor | None = None,
+        start: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """D [c, d] fp32.
 
         Args:
             kept: the rows that may change, ascending indices into the rows; None: all of them.
             start: a D near the solution, for ways that can use it.
+            last: no other solve follows, so that what the system holds may be used up.
         """
 
 
@@ -77,7 +82,11 @@ class IterativeSystem:
         return cls(coded, coded.right(), coded.diagonal(), watch)
 
     def solve(
-        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+        self,
+        ridge: float,
+        kept: Tensor | None = None,
+        start: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """See `System.solve`.
 
@@ -89,61 +98,80 @@ class IterativeSystem:
         return _iterate(self.coded, self.right, near, ridge, kept, start, self.watch)
 
 
-@dataclass(frozen=True)
 class RefinedSystem:
     """Normal equations that are factored in fp32; conjugate gradients bring back the digits that
     this loses, in a few steps.
 
-    Attributes:
-        gram: Σ w·KᵀK [c, c], its lower half; right: Σ w·KᵀR [c, d]; both fp32.
+    Args:
+        right: Σ w·KᵀR, [c, d] fp32.
+        gram: Σ w·KᵀK, [c, c] fp32, its lower half.
     """
 
-    coded: CodedTerms
-    gram: Tensor
-    right: Tensor
-    watch: Watch
+    def __init__(self, coded: CodedTerms, right: Tensor, gram: Tensor, watch: Watch) -> None:
+        self._coded, self._right, self._watch = coded, right, watch
+        self._gram: Tensor | None = gram
 
     @classmethod
     def of(cls, coded: CodedTerms, watch: Watch) -> "RefinedSystem":
-        count = len(coded.rows)
-        gram = torch.zeros(count, count, device=coded.device)
-        right = torch.zeros(count, coded.width, device=coded.device)
-        for done, codes, wanted in coded.dense():
-            watch(done, f"normal equations of {count} rows")
-            right.addmm_(codes.T, wanted)
-            add_gram(gram, codes)
-        return cls(coded, gram, right, watch)
+        right = torch.zeros(len(coded.rows), coded.width, device=coded.device)
+        return cls(coded, right, _gram(coded, watch, right), watch)
 
     def solve(
-        self, ridge: float, kept: Tensor | None = None, start: Tensor | None = None
+        self,
+        ridge: float,
+        kept: Tensor | None = None,
+        start: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """See `System.solve`.
 
         Raises:
             MicroEditError: rounding leaves no solution.
         """
-        near = Factor(_factor(self.gram, kept, ridge))
-        return _iterate(self.coded, self.right, near, ridge, kept, start, self.watch)
+        near = Factor(self._factored(ridge, kept, last))
+        return _iterate(self._coded, self._right, near, ridge, kept, start, self._watch)
+
+    def _factored(self, ridge: float, kept: Tensor | None, last: bool) -> Tensor:
+        """Cholesky factor of gram + ridge, or of + as much more as rounding makes necessary, of
+        all rows or the kept ones.
+
+        Raises:
+            MicroEditError: no factor, since some numbers are none.
+        """
+        more = ridge
+        for _ in range(MOST_TRIES):
+            gram = _gram(self._coded, self._watch) if self._gram is None else self._gram
+            # The second matrix is as large as the first: where it can be, the first is let go.
+            self._gram = None if last else gram
+            if kept is not None:
+                gram = gram[kept[:, None], kept]
+            elif not last:
+                gram = gram.clone()
+            if _factor(gram, more):
+                return gram
+            more *= 4
+        raise MicroEditError("the ridge regression cannot be factored; raise the solver's ridge")
 
 
-def _factor(gram: Tensor, kept: Tensor | None, ridge: float) -> Tensor:
-    """Cholesky factor of gram + ridge, or of + as much more as rounding makes necessary, of all
-    rows or the kept ones; of `gram` only the lower half is read.
+def _gram(coded: CodedTerms, watch: Watch, right: Tensor | None = None) -> Tensor:
+    """Σ w·KᵀK [c, c] fp32, its lower half; Σ w·KᵀR is added to `right`."""
+    count = len(coded.rows)
+    gram = torch.zeros(count, count, device=coded.device)
+    for done, codes, wanted in coded.dense():
+        watch(done, f"normal equations of {count} rows")
+        if right is not None:
+            right.addmm_(codes.T, wanted)
+        add_gram(gram, codes)
+    return gram
 
-    Raises:
-        MicroEditError: no factor, since some numbers are none.
-    """
-    more = ridge
-    for _ in range(MOST_TRIES):
-        lower = gram.clone() if kept is None else gram[kept[:, None], kept]
-        lower.diagonal().add_(more)
-        failed = torch.empty((), dtype=torch.int32, device=gram.device)
-        # By columns, as LAPACK has them: rows would be copied, which is a third matrix.
-        torch.linalg.cholesky_ex(lower.mT, upper=True, out=(lower.mT, failed))
-        if not int(failed):
-            return lower
-        more *= 4
-    raise MicroEditError("the ridge regression cannot be factored; raise the solver's ridge")
+
+def _factor(gram: Tensor, ridge: float) -> bool:
+    """Cholesky of gram + ridge in place, of which only the lower half is read; whether it went."""
+    gram.diagonal().add_(ridge)
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    # By columns, as LAPACK has them: rows would be copied, which is one matrix more.
+    torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, failed))
+    return not int(failed)
 
 
 def _iterate(

@@ -42,7 +42,7 @@ class Unexplained:
 class Term:
     """A group of tokens: the codes of z [N, d] shall be decoded to `wanted` [N, d], with a weight.
 
-    `wanted` is 0 where it is None.
+    `wanted` is 0 where it is None. z may be whatever `Encode` takes, one row for a code.
     """
 
     z: Tensor
@@ -176,7 +176,10 @@ class CodedTerms:
 
     @property
     def width(self) -> int:
-        return self.parts[0].term.z.shape[1]
+        """d; the first term says what it wants."""
+        wanted = self.parts[0].term.wanted
+        assert wanted is not None
+        return (wanted.W_dec if isinstance(wanted, Unexplained) else wanted).shape[1]
 
     @property
     def device(self) -> torch.device:
