@@ -95,8 +95,10 @@ def test_answers_follow_behind_a_space_bare_and_at_once_in_chat(contexts):
 
 
 @pytest.mark.parametrize("context", ["bare", "chat", "long"])
-def test_the_subjects_first_token_is_found(contexts, context):
+def test_the_subjects_tokens_are_found(contexts, context):
     tokens = contexts.render(context, WORDS, "Zoe", subject="Atlantis")
+    own = slice(tokens.subject_start, tokens.subject_stop)
+    assert contexts.tokenizer.decode(tokens.prompt_ids[own]) == "Atlantis"
     behind = contexts.tokenizer.decode(tokens.prompt_ids[tokens.subject_start :])
     assert behind.startswith("Atlantis, and since")
 
@@ -111,6 +113,7 @@ def test_an_unknown_subject_is_guessed_or_left_open(contexts):
     guessed = contexts.render("bare", "Who rules over Atlantis now?").subject_start
     assert guessed == len("Who rules over ")
     assert contexts.render("bare", "who rules over it?").subject_start is None
+    assert contexts.render("bare", "who rules over it?").subject_stop is None
     assert contexts.render("bare", WORDS, subject="not there").subject_start is None
 
 

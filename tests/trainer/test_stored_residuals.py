@@ -41,6 +41,20 @@ def test_positions_of_one_prompt():
     assert prompt.shared.tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "about"),
+    [
+        (5, 8, [6, 7]),
+        (5, 6, [5]),
+        (0, 2, [1]),  # the prompt's first token is not scored
+        (None, None, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (9, 10, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_a_prompt_is_about_the_end_of_its_subject(start, stop, about):
+    assert stored(subject_start=start, subject_stop=stop).about.tolist() == about
+
+
 def test_sinks_are_never_scored():
     prompt = stored(sinks=(0, 3, 6))
     assert prompt.scored.tolist() == [1, 2, 4, 5, 7, 8]

@@ -203,6 +203,5 @@ def _subject_span(
     if subject is None or begin < 0:
         return None, None
     end = begin + len(subject)
-    start = next((i for i, (_, stop) in enumerate(offsets) if stop > begin), None)
-    last = [i for i, (first, _) in enumerate(offsets) if first < end]
-    return (start, last[-1] + 1) if start is not None and last else (None, None)
+    within = [i for i, (first, stop) in enumerate(offsets) if stop > begin and first < end]
+    return (within[0], within[-1] + 1) if within else (None, None)

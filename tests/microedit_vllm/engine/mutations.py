@@ -62,11 +62,30 @@ def _every_row_of_the_batch_is_written(patch: pytest.MonkeyPatch) -> None:
 def _only_this_step_is_scored(patch: pytest.MonkeyPatch) -> None:
     decide = EditState._decide
 
-    def forgetful(self: Any, plan: Any) -> None:
+    def forgetful(self: Any, plan: Any) -> Any:
         now = torch.isin(plan.window_slots, plan.scored_slots)
-        decide(self, replace(plan, in_window=plan.in_window & now))
+        return decide(self, replace(plan, in_window=plan.in_window & now))
 
     patch.setattr(EditState, "_decide", forgetful)
+
+
+def _whoever_is_off_is_carried_to_as_well(patch: pytest.MonkeyPatch) -> None:
+    carry = EditState._carry
+
+    def to_all(self: Any, plan: Any, hidden_states: Any, on: Any) -> None:
+        carry(self, plan, hidden_states, torch.ones_like(on))
+
+    patch.setattr(EditState, "_carry", to_all)
+
+
+def _only_this_step_s_tokens_carry(patch: pytest.MonkeyPatch) -> None:
+    carry = EditState._carry
+
+    def forgetful(self: Any, plan: Any, hidden_states: Any, on: Any) -> None:
+        now = torch.isin(plan.window_slots, plan.scored_slots)
+        carry(self, replace(plan, in_window=plan.in_window & now), hidden_states, on)
+
+    patch.setattr(EditState, "_carry", forgetful)
 
 
 def _a_chunk_s_last_token_decides(patch: pytest.MonkeyPatch) -> None:
@@ -167,6 +186,8 @@ MUTATIONS = [
     Mutation("one decision for the whole batch", (1, 2), _one_decision_for_the_batch),
     Mutation("write to every row of the batch", (1,), _every_row_of_the_batch_is_written, 5),
     Mutation("score this step's tokens only", (2,), _only_this_step_is_scored),
+    Mutation("carry to requests that are off", (1,), _whoever_is_off_is_carried_to_as_well),
+    Mutation("carry from this step's tokens only", (2,), _only_this_step_s_tokens_carry),
     Mutation("let a chunk's last token decide", (2,), _a_chunk_s_last_token_decides),
     Mutation("edit a request's last row only", (2,), _only_a_request_s_last_row_is_edited, 1),
     Mutation("count a resumed answer as prompt", (2,), _a_resumed_prompt_holds_its_answer, 7),

@@ -13,7 +13,7 @@ SEEDS = (*range(10), REUSED_BLOCKS)
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> TinyServed:
-    return tiny_served(tmp_path_factory.mktemp("served"))
+    return tiny_served(tmp_path_factory.mktemp("served"), "carried")
 
 
 @pytest.fixture(scope="module")

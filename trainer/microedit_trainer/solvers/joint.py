@@ -49,7 +49,7 @@ SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT = 500, 25
 HELD_ABOVE, MOST_HELD = 1000, 2000
 # Scored tokens that the switch takes together where the subject's alone are reconstructed.
 CARRIED_RUN = 2
-# Weight of the tokens before the subject there: a run of two hardly ever reaches them.
+# Weight of the tokens before the subject there: a short run hardly ever reaches them.
 SHARED_WEIGHT = 0.1
 
 
