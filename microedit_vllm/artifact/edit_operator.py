@@ -106,6 +106,11 @@ class EditOperator:
         pre = pre_acts(z, self.edit_W_enc, self.edit_b_enc, self.sae.b_dec)
         return threshold_acts(pre, theta)
 
+    def carried_acts(self, z: Tensor) -> Tensor:
+        """h of the carried change's rows, 0 where a row is not in the top k: [..., d] → [..., c]
+        fp32."""
+        return self._acts_among_top(z, self.carried_rows, len(self.carried.indices))
+
     def _acts_among_top(self, z: Tensor, rows: Tensor, count: int) -> Tensor:
         acts, indices = self.encode(z)
         # A place of its own, cut off again, for the rows that the change leaves alone.
@@ -149,9 +154,14 @@ class EditOperator:
         if not self.carries or not len(z):
             return z.new_zeros(z.shape[-1], dtype=torch.float)
         acts, indices = self.encode(z)
-        dist, dist0 = self.distances_of(z, acts, indices)
-        weights = carried_weights(dist, dist0, torch.ones_like(dist, dtype=torch.bool))
+        weights = self.carried_weights(z)
         return self.carried_change(acts[None], indices[None], weights[None])[0]
+
+    def carried_weights(self, z: Tensor) -> Tensor:
+        """How much each of one sequence's scored tokens, all of which count, has to say of what
+        they carry: [S, d] → [S] fp32."""
+        dist, dist0 = self.distances(z)
+        return carried_weights(dist, dist0, torch.ones_like(dist, dtype=torch.bool))
 
     def ards(self, dist: Tensor, dist0: Tensor, counted: Tensor) -> Tensor:
         """The decision's statistic per sequence.

@@ -31,14 +31,20 @@ def solved(lm, sae, tmp_path_factory) -> EditOperator:
     return operator_of(JOINT.solve(problem, no_progress), sae)
 
 
+@pytest.fixture(scope="module")
+def carrying(lm, sae, tmp_path_factory) -> EditOperator:
+    problem = tiny_problem(lm, sae, tmp_path_factory.mktemp("carrying"), names=("bare",))
+    return operator_of(replace(JOINT, carries=True).solve(problem, no_progress), sae)
+
+
 @pytest.fixture
 def engine_with(lm, sae, solved):
     """An engine whose set has these facts and decides by these fields."""
 
-    def engine_with(lines=None, **fields) -> TorchEngine:
+    def engine_with(lines=None, of=solved, **fields) -> TorchEngine:
         turn = Contexts.build(lm.tokenizer, Scope(), lm.max_length).turn
         fields = {"max_norm": sae.report["max_norm"], "turn": turn} | (fields or RELATIVE)
-        edit_set = solved.edit_set
+        edit_set = of.edit_set
         manifest = edit_set.manifest.model_copy(
             update={
                 "decision": Decision(**fields),
@@ -57,6 +63,11 @@ def explained(engine, prompt=FACTS[0].prompt, **options):
     return explain(engine, Request(prompt, **options), FOLDER, no_progress)
 
 
+def engine_contexts(engine) -> Contexts:
+    decision = engine.operator.edit_set.manifest.decision
+    return Contexts(engine.lm.tokenizer, decision.scope, decision.turn, engine.lm.max_length)
+
+
 def dense(sae, z, change):
     """ẑ₀ and ẑ by dense algebra: [P, d] each, and the codes [P, n]."""
     pre = ((z - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
@@ -66,6 +77,26 @@ def dense(sae, z, change):
     full[change.indices] = change.values.float()
     z_hat0 = codes @ sae.W_dec + sae.b_dec
     return z_hat0, z_hat0 + codes @ full, codes
+
+
+def test_what_is_carried_is_named_with_the_tokens_that_it_comes_from(engine_with, carrying):
+    engine = engine_with(of=carrying)
+    found = explained(engine, rows=3).carried
+    stored = engine.store.of([engine_contexts(engine).render("bare", FACTS[0].prompt)])[0]
+    weights = engine.operator.carried_weights(stored.z[stored.scored])
+    assert list(found.positions) == stored.scored[weights > 0].tolist()
+    acts, indices = engine.operator.encode(stored.z[stored.scored])
+    strengths = torch.zeros(engine.operator.sae.num_latents)
+    strengths.index_add_(0, indices.flatten(), (acts * weights[:, None]).flatten())
+    change = engine.operator.carried
+    strengths = strengths[change.indices] * change.values.norm(dim=1)
+    assert [row.latent for row in found.rows] == change.indices[strengths.topk(3).indices].tolist()
+    assert [row.strength for row in found.rows] == pytest.approx(strengths.topk(3).values.tolist())
+    assert found.rows_total == len(change.indices)
+
+
+def test_a_set_that_carries_nothing_names_nothing(engine_with):
+    assert explained(engine_with()).carried is None
 
 
 @pytest.mark.parametrize("decision", [RELATIVE, ABSOLUTE], ids=["relative", "absolute"])

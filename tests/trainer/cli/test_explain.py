@@ -34,6 +34,7 @@ KEYS = {
     "top_k",
     "tokens",
     "scoring",
+    "carried",
     "edit",
     "nearest",
     "facts_compared",

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from microedit_trainer.audit.explanation import Explanation
+from microedit_trainer.audit.explanation import Explanation, Firing
 from microedit_trainer.audit.fact_overlap import compare_facts, stored_facts, trained_context
 from microedit_trainer.audit.firing import ChangeAtTokens
 from microedit_trainer.audit.tokens import decision_of
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.language_model import Progress
-from microedit_trainer.stored_residuals import store_residuals
+from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
+from microedit_vllm.artifact import EditOperator
 from microedit_vllm.errors import MicroEditError
 
 STRONGEST_LATENTS = 8
@@ -106,12 +107,22 @@ def explain(engine: TorchEngine, request: Request, folder: Path, progress: Progr
         tokens=tokens,
         scoring=scoring.describe(rows[0], behind_scoring, STRONGEST_LATENTS),
         edit=edit.describe(rows[1], behind_edit, STRONGEST_LATENTS),
+        carried=_carried(operator, stored, request.rows),
         nearest=overlap.nearest(NEAREST_FACTS),
         facts_compared=len(facts),
         facts_total=len(edit_set.facts),
         before=before,
         after=_answer(engine, prompt, True, request.max_tokens) if on else before,
     )
+
+
+def _carried(operator: EditOperator, prompt: StoredPrompt, count: int) -> Firing | None:
+    """What the scored tokens carry, by its `count` strongest rows."""
+    if not operator.carries:
+        return None
+    found = ChangeAtTokens.carried(operator, prompt.z, prompt.scored)
+    rows = found.strongest_rows(count)
+    return found.describe(rows, [()] * len(rows), STRONGEST_LATENTS)
 
 
 def _check_length(prompt: PromptTokens, max_tokens: int, limit: int) -> None:

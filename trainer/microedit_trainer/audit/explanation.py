@@ -68,7 +68,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Firing:
-    """What one of the set's two changes does at some of the prompt's tokens.
+    """What one of the set's changes does at some of the prompt's tokens.
 
     Attributes:
         positions: the tokens that are looked at.
@@ -118,6 +118,8 @@ class Explanation:
         decision_position: e, the last token of the prompt.
         top_k: latents kept per token.
         scoring, edit: at the deciding run, and at e.
+        carried: at the scored tokens that carry something to e, without the facts behind its rows;
+            None where the set has no carried change.
         nearest: the facts of the largest overlap, first the nearest; none where it is 0.
         facts_compared, facts_total: the first of the set's facts were compared.
         before, after: greedy answers without the edit and with what the switch decides.
@@ -139,6 +141,7 @@ class Explanation:
     tokens: tuple[Token, ...]
     scoring: Firing
     edit: Firing
+    carried: Firing | None
     nearest: tuple[NearFact, ...]
     facts_compared: int
     facts_total: int

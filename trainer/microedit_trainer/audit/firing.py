@@ -11,12 +11,13 @@ from microedit_vllm.artifact import DecoderChange, EditOperator
 
 @dataclass(frozen=True)
 class ChangeAtTokens:
-    """One of the two changes at some tokens.
+    """One of the changes at some tokens.
 
     Attributes:
         change: the change on the operator's device.
         positions: the tokens, [T] int64.
-        acts: h of the change's rows, summed over the tokens, [c] fp32.
+        acts: h of the change's rows, summed over the tokens, [c] fp32; of the carried change times
+            the tokens' weights.
         top_acts, top_indices: the tokens' top k latents, [T, k].
     """
 
@@ -37,6 +38,14 @@ class ChangeAtTokens:
         """The edit change at these positions of z [P, d]."""
         acts = operator.edit_acts(z[positions]).sum(0)
         return cls(operator.edit, positions, acts, *operator.encode(z[positions]))
+
+    @classmethod
+    def carried(cls, operator: EditOperator, z: Tensor, positions: Tensor) -> "ChangeAtTokens":
+        """The carried change at those of these positions of z [P, d] that have something to say."""
+        weights = operator.carried_weights(z[positions])
+        positions, weights = positions[weights > 0], weights[weights > 0]
+        acts = (weights[:, None] * operator.carried_acts(z[positions])).sum(0)
+        return cls(operator.carried, positions, acts, *operator.encode(z[positions]))
 
     @property
     def strengths(self) -> Tensor:

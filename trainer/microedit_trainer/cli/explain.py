@@ -109,6 +109,10 @@ def _print(console: Console, found: "Explanation") -> None:
     console.print(_row_table(f"Rows that score, at {where}", found.scoring, found.top_k))
     where = f"token {found.decision_position}"
     console.print(_row_table(f"Rows that edit, at {where}", found.edit, found.top_k))
+    if found.carried is not None:
+        where = ", ".join(map(str, found.carried.positions)) or "none"
+        title = f"Rows that carry to token {found.decision_position}, at tokens {where}"
+        console.print(_row_table(title, found.carried, found.top_k))
     console.print(_fact_table(found))
     for name, answer in (("before", found.before), ("after", found.after)):
         console.print(f"[bold]{name}[/]  {escape(shortened(answer, 400) or '(nothing)')}")
