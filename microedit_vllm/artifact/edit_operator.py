@@ -154,14 +154,13 @@ class EditOperator:
         if not self.carries or not len(z):
             return z.new_zeros(z.shape[-1], dtype=torch.float)
         acts, indices = self.encode(z)
-        weights = self.carried_weights(z)
+        weights = _weights(*self.distances_of(z, acts, indices))
         return self.carried_change(acts[None], indices[None], weights[None])[0]
 
     def carried_weights(self, z: Tensor) -> Tensor:
         """How much each of one sequence's scored tokens, all of which count, has to say of what
         they carry: [S, d] → [S] fp32."""
-        dist, dist0 = self.distances(z)
-        return carried_weights(dist, dist0, torch.ones_like(dist, dtype=torch.bool))
+        return _weights(*self.distances(z))
 
     def ards(self, dist: Tensor, dist0: Tensor, counted: Tensor) -> Tensor:
         """The decision's statistic per sequence.
@@ -248,6 +247,10 @@ class EditOperator:
                 f"golden activations do not reproduce: {agree:.1%} of the top latents agree; "
                 "the SAE was changed: make the set again"
             )
+
+
+def _weights(dist: Tensor, dist0: Tensor) -> Tensor:
+    return carried_weights(dist, dist0, torch.ones_like(dist, dtype=torch.bool))
 
 
 def _to_compute(change: DecoderChange, device: torch.device) -> DecoderChange:

@@ -269,6 +269,17 @@ def test_paraphrases_are_served_as_the_switch_says(lab, monkeypatch, tau, same):
     found = paraphrases._by_records(own, experiment)["3 ZsRE"]
     assert (found["count"], found["on"], found["own_target"]) == (3, float(tau > 1), 1.0)
     assert found["served"] == found[same] and found["always_on"] > found["unedited"]
+    assert found["other_on"] == float(tau > 1)
+    assert (found["other_unchanged"] == 1) == (tau < 1)
+
+
+def test_other_questions_are_other_records_wordings():
+    asked = [(fact.prompt, fact.target) for fact in paraphrases._other_questions(FACTS[:2])]
+    assert asked == [
+        ("The inventor of the Australia was", FACTS[0].target),
+        ("The capital of telephone is", FACTS[1].target),
+    ]
+    assert paraphrases._other_questions([Fact("No subject is named here", "x")]) == []
 
 
 @pytest.mark.parametrize(("fires", "shown"), [(2, "2 of 1000"), (3, "**3 of 1000** (> 2)")])

@@ -44,7 +44,7 @@ def test_positions_of_one_prompt():
 @pytest.mark.parametrize(
     ("start", "stop", "about"),
     [
-        (5, 8, [6, 7]),
+        (4, 8, [5, 6, 7]),
         (5, 6, [5]),
         (0, 2, [1]),  # the prompt's first token is not scored
         (None, None, [1, 2, 3, 4, 5, 6, 7, 8]),

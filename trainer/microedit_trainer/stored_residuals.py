@@ -64,14 +64,14 @@ class StoredPrompt:
 
     @property
     def about(self) -> Tensor:
-        """Scored positions of the subject's last two tokens, which know the whole of it: behind the
+        """Scored positions of the subject's last three tokens, which know most of it: behind the
         same words the first ones are the same in every prompt about something that begins alike.
         The identifying ones where the subject is unknown or not scored: [S] int64."""
         start, stop = self.tokens.subject_start, self.tokens.subject_stop
         if start is None or stop is None:
             return self.identifying
         own = self.scored[(self.scored >= start) & (self.scored < stop)]
-        return own[-2:] if len(own) else self.identifying
+        return own[-3:] if len(own) else self.identifying
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What becomes of the paraphrases of all records: is it the switch, or what the edit knows?"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,9 +26,14 @@ TEXT = """
 The largest set of the main table, asked bare, each data set's paraphrases apart. *Always on* is
 Gen with every switch on, whatever τ: what the edit change knows. *Own target* is Gen with the
 residual change that was solved for the edited prompt, put in where the paraphrase is answered:
-what an edit could do that were told which fact is asked about.
+what an edit could do that were told which fact is asked about. *Other question*: each subject
+within another record's wording, which asks about something else; how many switch on, and what share
+of the tokens stays as it was.
 """
-HEADER = ("records", "paraphrases", "on", "unedited", "Gen", "always on", "own target")
+HEADER = (
+    *("records", "paraphrases", "on", "unedited", "Gen", "always on", "own target"),
+    *("other question: on", "unchanged"),
+)
 
 
 def section(lab: Lab, plan: Plan) -> Section:
@@ -41,6 +47,8 @@ def section(lab: Lab, plan: Plan) -> Section:
             str(figures["count"]),
             percent(figures["on"]),
             *(score(figures[name]) for name in ("unedited", "served", "always_on", "own_target")),
+            percent(figures["other_on"]),
+            score(figures["other_unchanged"]),
         ]
         for records, figures in found.items()
     ]
@@ -82,7 +90,32 @@ def _figures(engine: TorchEngine, contexts: Contexts, facts: Sequence[Fact]) -> 
         "served": right([outcome.answer for outcome in outcomes]),
         "always_on": gen([engine.substituted(prompt) for prompt in stored]),
         "own_target": gen(told),
+        **_on_other_questions(engine, [render(f, f.prompt) for f in _other_questions(facts)]),
     }
+
+
+def _on_other_questions(engine: TorchEngine, prompts: Sequence[PromptTokens]) -> Figures:
+    """How many switch on, and the share of tokens unchanged."""
+    if not prompts:
+        return {"other_on": None, "other_unchanged": None}
+    outcomes, plain = engine.edited(prompts), engine.plain(prompts)
+    same = [(o.answer == p).float().mean() for o, p in zip(outcomes, plain, strict=True)]
+    return {
+        "other_on": sum(outcome.on for outcome in outcomes) / len(outcomes),
+        "other_unchanged": float(torch.stack(same).mean()),
+    }
+
+
+def _other_questions(facts: Sequence[Fact]) -> list[Fact]:
+    """Each subject within the wording of the next record about something else."""
+    named = [f for f in facts if f.subject and f.subject in f.prompt]
+    asked = []
+    for fact, other in zip(named, [*named[1:], *named[:1]], strict=True):
+        assert fact.subject and other.subject
+        prompt = other.prompt.replace(other.subject, fact.subject)
+        if prompt != fact.prompt:
+            asked.append(replace(fact, prompt=prompt))
+    return asked
 
 
 @torch.enable_grad()

@@ -98,7 +98,7 @@ class JointSolver:
     least_rows: int = 250
     scoring: RidgeSettings = RidgeSettings(ridge=1e-1, unchanged_weight=1.0)
     edit: RidgeSettings = RidgeSettings(ridge=3e-3, unchanged_weight=0.03)
-    subject_scoring: RidgeSettings = RidgeSettings(ridge=5e-2, unchanged_weight=1.0)
+    subject_scoring: RidgeSettings = RidgeSettings(ridge=2e-2, unchanged_weight=1.0)
     carried: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=0.3)
     carries: bool | None = None
     theta: float = 0.0
