@@ -23,12 +23,14 @@ class Mutation:
         breaks: the invariants of the design notes that it breaks; one of them must be seen.
         plant: puts it into the code, until the patch is undone.
         seed: of a schedule that sees it; where it no longer does, others are tried.
+        form: of the edit set (`tiny_served`).
     """
 
     name: str
     breaks: tuple[int, ...]
     plant: Callable[[pytest.MonkeyPatch], None]
     seed: int = 0
+    form: str = "delta"
 
 
 def _substitute_whatever_the_switch_says(patch: pytest.MonkeyPatch) -> None:
@@ -186,8 +188,15 @@ MUTATIONS = [
     Mutation("one decision for the whole batch", (1, 2), _one_decision_for_the_batch),
     Mutation("write to every row of the batch", (1,), _every_row_of_the_batch_is_written, 5),
     Mutation("score this step's tokens only", (2,), _only_this_step_is_scored),
-    Mutation("carry to requests that are off", (1,), _whoever_is_off_is_carried_to_as_well),
-    Mutation("carry from this step's tokens only", (2,), _only_this_step_s_tokens_carry),
+    Mutation(
+        "carry to requests that are off",
+        (1,),
+        _whoever_is_off_is_carried_to_as_well,
+        form="carried",
+    ),
+    Mutation(
+        "carry from this step's tokens only", (2,), _only_this_step_s_tokens_carry, form="carried"
+    ),
     Mutation("let a chunk's last token decide", (2,), _a_chunk_s_last_token_decides),
     Mutation("edit a request's last row only", (2,), _only_a_request_s_last_row_is_edited, 1),
     Mutation("count a resumed answer as prompt", (2,), _a_resumed_prompt_holds_its_answer, 7),

@@ -12,13 +12,14 @@ SEEDS = (*range(10), REUSED_BLOCKS)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> TinyServed:
-    return tiny_served(tmp_path_factory.mktemp("served"), "carried")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyServed]:
+    forms = {mutation.form for mutation in MUTATIONS}
+    return {form: tiny_served(tmp_path_factory.mktemp(form), form) for form in forms}
 
 
 @pytest.fixture(scope="module")
-def plain_runs() -> dict[int, Run]:
-    return {}
+def plain_runs() -> dict[str, dict[int, Run]]:
+    return {mutation.form: {} for mutation in MUTATIONS}
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -27,7 +28,8 @@ def test_a_planted_fault_is_seen(
 ):
     mutation.plant(monkeypatch)
     for seed in (mutation.seed, *SEEDS):
-        report = check_seed(served, seed, plain_runs=plain_runs)
+        of_form = served[mutation.form], plain_runs[mutation.form]
+        report = check_seed(of_form[0], seed, plain_runs=of_form[1])
         broken = {invariant for invariant, _ in report.violations}
         if broken & set(mutation.breaks):
             mutations_seen[mutation.name] = f"breaks {sorted(broken)}, seen by schedule {seed}"
