@@ -84,7 +84,7 @@ def test_a_step_reads_nothing_back_on_a_device(monkeypatch, shared):
     monkeypatch.setattr(selection, "topk_on_cpu", topk_by_key)
     state = EditState(make_operator(1e6, shared=shared), SLOTS)
     told = []
-    monkeypatch.setattr(state.edit, "_may_look", False)
+    monkeypatch.setattr(state.edit, "may_look", False)
     monkeypatch.setattr(state.feedback, "decided", lambda states, on: told.append(on))
     hidden, residual = residuals()
     requests = [share(RequestState("r", PLAN), 0, LENGTH)]
