@@ -34,6 +34,7 @@ def explanation(tokens, **changes) -> Explanation:
         "top_k": 8,
         "tokens": tuple(tokens),
         "scoring": firing,
+        "carried": None,
         "edit": firing,
         "nearest": (),
         "facts_compared": 1,
