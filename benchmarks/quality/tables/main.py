@@ -15,7 +15,8 @@ SAE's text and calibrate τ, and 400 to 599 are *near*. Where all of it is, no r
 the SAE has seen the trainer's invented facts instead, τ has the shipped prompts alone, *near* are
 the locality prompts of CounterFact that name no edited subject (the same relation about another
 one), and *own wording* asks about the people of SelfCheckGPT. Most of CounterFact's paraphrases
-here say something that follows from the fact ("… is surrounded by restaurants including").
+here say something that follows from the fact ("… is surrounded by restaurants including"). Sets
+of more than 1,000 facts carry their answers from the subject's tokens.
 """
 BARS = {
     "some": {"rel": 0.99, "gen": 0.88, "loc": 0.99, "near": 0.96},
@@ -26,7 +27,8 @@ BARS = {
 FIRES = ("fire_edit", "fire_para", "fire_loc", "fire_near")
 HEADER = (
     *("facts", "solver", "asked", *SCORES_HEADER),
-    *("on: edited", "paraphrases", "Loc", "near", "τ", "rows to score + to edit", "s/fact"),
+    *("on: edited", "paraphrases", "Loc", "near", "τ"),
+    *("rows to score + to edit (+ that carry)", "s/fact"),
 )
 
 
