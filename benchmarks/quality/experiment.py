@@ -33,16 +33,19 @@ class Experiment:
     def build_solver(self, sae: SparseAutoencoder) -> Solver:
         """The solver with the recipe's fields and one's own; α is the SAE's mean distance."""
         if self.solver == "joint":
-            return JointSolver(**{**recipe.JOINT, **self.options})
+            return self._joint
         alpha = sae.report.get("mean_distance")
         if alpha is None:
             raise MicroEditError("the SAE does not state its mean ‖ẑ−z‖²; train it again")
         return SequentialSolver(**{"alpha": float(alpha), **recipe.SEQUENTIAL, **self.options})
 
+    @property
+    def _joint(self) -> JointSolver:
+        return JointSolver(**{**recipe.JOINT, **self.options})
+
     def build_settings(self) -> dict[str, Any]:
         """Fields of `EditSettings`; the sequential solver scores the whole prompt, as the paper."""
         scope = Scope(last=None, run=0)
         if self.solver == "joint":
-            solver = JointSolver(**{**recipe.JOINT, **self.options})
-            scope = solver.scope(sum(count for _, count in self.facts))
+            scope = self._joint.scope(sum(count for _, count in self.facts))
         return {"scope": scope, **recipe.SETTINGS, **self.settings}

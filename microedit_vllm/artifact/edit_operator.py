@@ -222,7 +222,11 @@ class EditOperator:
         z_hat0, delta = self.reconstruct(acts, indices, self.scoring_rows, self.scoring)
         z_hat = z_hat0 + delta
         dist, dist0 = squared_distance(z_hat, z), squared_distance(z_hat0, z)
-        return Golden(z, indices, z_hat, dist, dist0, self.edited(z))
+        carried = None
+        if self.edit_set.carried is not None:
+            alike = torch.full_like(dist, 1 / len(z))
+            carried = self.carried_change(acts[None], indices[None], alike[None])[0]
+        return Golden(z, indices, z_hat, dist, dist0, self.edited(z), carried)
 
     def check_golden(self, tolerance: float = 1e-2) -> None:
         """Recompute the golden activations.
@@ -233,8 +237,8 @@ class EditOperator:
         """
         stored = self.edit_set.golden
         found = self.golden_of(stored.z.to(self.sae.W_enc.device))
-        for name in ("z_hat", "dist", "dist0", "edited"):
-            want, have = getattr(stored, name), getattr(found, name).cpu()
+        for name in [n for n in stored.tensors if n not in ("z", "top_indices")]:
+            want, have = stored.tensors[name], found.tensors[name].cpu()
             error = float((have - want).norm() / want.norm().clamp(min=1e-6))
             if not error <= tolerance:
                 raise MicroEditError(
@@ -269,5 +273,5 @@ def _set_agreement(first: Tensor, second: Tensor) -> float:
 def with_golden(draft: EditSet, sae: SparseAutoencoder, z: Tensor) -> EditSet:
     """The same set with golden activations of its own for the residuals z [g, d]."""
     golden = EditOperator.build(draft, sae).golden_of(z)
-    on_cpu = Golden(**{name: tensor.cpu() for name, tensor in vars(golden).items()})
+    on_cpu = Golden(**{name: tensor.cpu() for name, tensor in golden.tensors.items()})
     return replace(draft, golden=on_cpu)

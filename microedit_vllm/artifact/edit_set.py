@@ -50,7 +50,8 @@ class Golden:
     """A few residuals and what the SAE and the set make of them (all fp32 but the indices).
 
     z [g, d], top_indices [g, k], z_hat = ẑ₀ + δ_score [g, d], dist and dist0 [g],
-    edited [g, d] = what replaces z from the decision position on.
+    edited [g, d] = what replaces z from the decision position on, carried [d] = what the g tokens
+    carry there, each with the same weight; None where the set has no carried change.
     """
 
     z: Tensor
@@ -59,6 +60,12 @@ class Golden:
     dist: Tensor
     dist0: Tensor
     edited: Tensor
+    carried: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     @classmethod
     def none(cls) -> "Golden":
@@ -109,7 +116,7 @@ class EditSet:
         with atomic_folder(folder) as draft:
             (draft / MANIFEST).write_text(self.manifest.to_json(), encoding="utf-8")
             save_file(self._change_tensors(), draft / EDITS)
-            golden = {name: t.contiguous() for name, t in vars(self.golden).items()}
+            golden = {name: t.contiguous() for name, t in self.golden.tensors.items()}
             save_file(golden, draft / GOLDEN)
             lines = (json.dumps(fact, ensure_ascii=False) + "\n" for fact in self.facts)
             (draft / FACTS).write_text("".join(lines), encoding="utf-8")
@@ -205,6 +212,7 @@ def _read_golden(path: Path, manifest: Manifest) -> Golden:
         dist=expect(tensors, "dist", (g,), path).float(),
         dist0=expect(tensors, "dist0", (g,), path).float(),
         edited=expect(tensors, "edited", (g, d), path).float(),
+        carried=expect(tensors, "carried", (d,), path).float() if manifest.carries else None,
     )
 
 

@@ -267,12 +267,12 @@ def evaluate(
     gen, _ = _accuracy(paraphrased, gen_outcomes)
     portability, _ = _accuracy(implied, implied_outcomes)
     ppl = engine.perplexities(edited)
-    loc, fire_loc = _agreement(engine, [render(*_probe(p)) for f in facts for p in f.locality])
-    near, fire_near = _agreement(engine, [render(f.prompt, f.target) for f in others])
+    loc, fire_loc = agreement(engine, [render(*_probe(p)) for f in facts for p in f.locality])
+    near, fire_near = agreement(engine, [render(f.prompt, f.target) for f in others])
     if subjects is None:
         subjects = [other.subject for other in others if other.subject]
     swapped = [render(f.prompt, facts[0].target) for f in swap_subjects(facts, subjects)]
-    near_swapped, fire_swapped = _agreement(engine, swapped)
+    near_swapped, fire_swapped = agreement(engine, swapped)
     assert rel is not None and rel_exact is not None
     return Scores(
         facts=len(facts),
@@ -322,9 +322,8 @@ def _accuracy(
     return float(shares.mean()), float((shares == 1).float().mean())
 
 
-def _agreement(
-    engine: Engine, prompts: Sequence[PromptTokens]
-) -> tuple[float | None, float | None]:
+def agreement(engine: Engine, prompts: Sequence[PromptTokens]) -> tuple[float | None, float | None]:
+    """Share of answer tokens unchanged, and of prompts whose switch is on; None without prompts."""
     if not prompts:
         return None, None
     outcomes, plain = engine.edited(prompts), engine.plain(prompts)

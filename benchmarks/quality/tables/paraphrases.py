@@ -16,7 +16,7 @@ from benchmarks.quality.records import in_words
 from benchmarks.quality.store import Figures
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.contexts import Contexts, PromptTokens
-from microedit_trainer.evaluation import TorchEngine, right_shares
+from microedit_trainer.evaluation import TorchEngine, agreement, right_shares
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers.targets import TargetSettings, solve_targets
 from microedit_trainer.stored_residuals import StoredPrompt, predictions
@@ -74,6 +74,7 @@ def _figures(engine: TorchEngine, contexts: Contexts, facts: Sequence[Fact]) -> 
     stored = engine.store.of([render(*one) for one in asked])
     edited = engine.store.of([render(fact, fact.prompt) for fact, _ in asked])
     outcomes = engine.outcomes_of(stored)
+    unchanged, other_on = agreement(engine, [render(f, f.prompt) for f in _other_questions(facts)])
     told = [_moved(*one) for one in zip(stored, _targets(engine, edited), strict=True)]
 
     def right(answers: Sequence[Tensor]) -> float:
@@ -90,19 +91,8 @@ def _figures(engine: TorchEngine, contexts: Contexts, facts: Sequence[Fact]) -> 
         "served": right([outcome.answer for outcome in outcomes]),
         "always_on": gen([engine.substituted(prompt) for prompt in stored]),
         "own_target": gen(told),
-        **_on_other_questions(engine, [render(f, f.prompt) for f in _other_questions(facts)]),
-    }
-
-
-def _on_other_questions(engine: TorchEngine, prompts: Sequence[PromptTokens]) -> Figures:
-    """How many switch on, and the share of tokens unchanged."""
-    if not prompts:
-        return {"other_on": None, "other_unchanged": None}
-    outcomes, plain = engine.edited(prompts), engine.plain(prompts)
-    same = [(o.answer == p).float().mean() for o, p in zip(outcomes, plain, strict=True)]
-    return {
-        "other_on": sum(outcome.on for outcome in outcomes) / len(outcomes),
-        "other_unchanged": float(torch.stack(same).mean()),
+        "other_on": other_on,
+        "other_unchanged": unchanged,
     }
 
 

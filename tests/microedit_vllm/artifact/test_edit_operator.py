@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from microedit_vllm.artifact import Decision, EditOperator, Scope
+from microedit_vllm.artifact import Decision, EditOperator, EditSet, Scope
 from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_edit_set, tiny_sae
 
@@ -140,10 +140,11 @@ def test_too_few_scored_tokens_leave_the_switch_off(sae):
     assert bool(found.is_on(found.ard(enough, torch.ones(3))))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_golden_activations_reproduce(tmp_path, sae, shared):
+@pytest.mark.parametrize("form", [{}, {"shared": True}, {"carries": True}])
+def test_golden_activations_reproduce(tmp_path, sae, form):
     saved = sae.save(tmp_path / "sae")
-    EditOperator.build(tiny_edit_set(saved, shared=shared), saved).check_golden()
+    tiny_edit_set(saved, **form).save(tmp_path / "set")
+    EditOperator.build(EditSet.load(tmp_path / "set"), saved).check_golden()
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
@@ -154,18 +155,20 @@ def test_an_sae_read_in_another_way_is_refused(sae, name):
         EditOperator.build(edit_set, changed).check_golden()
 
 
-@pytest.mark.parametrize("change", ["scoring", "edit"])
+@pytest.mark.parametrize("change", ["scoring", "edit", "carried"])
 def test_a_changed_set_is_refused(sae, change):
-    edit_set = tiny_edit_set(sae)
+    edit_set = tiny_edit_set(sae, carries=True)
     old = getattr(edit_set, change)
     broken = replace(edit_set, **{change: replace(old, values=-old.values)})
     with pytest.raises(MicroEditError, match="do not reproduce"):
         EditOperator.build(broken, sae).check_golden()
 
 
-@pytest.mark.parametrize("name", ["z", "top_indices", "z_hat", "dist", "dist0", "edited"])
+@pytest.mark.parametrize(
+    "name", ["z", "top_indices", "z_hat", "dist", "dist0", "edited", "carried"]
+)
 def test_every_golden_tensor_is_compared(sae, name):
-    edit_set = tiny_edit_set(sae)
+    edit_set = tiny_edit_set(sae, carries=True)
     stored = getattr(edit_set.golden, name)
     golden = replace(edit_set.golden, **{name: stored.flip(0) * 2 + 1})
     with pytest.raises(MicroEditError, match="do not reproduce"):
