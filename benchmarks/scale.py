@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.synthetic_facts import synthetic_facts
 from microedit_trainer.contexts import ContextName
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.evaluation import Scores, TorchEngine, evaluate
 from microedit_trainer.facts import Fact
 from microedit_trainer.language_model import LanguageModel

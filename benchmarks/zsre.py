@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.ordinary import count_fires, fires_in_words, nq_questions, ordinary_prompts
 from microedit_trainer.contexts import Contexts
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.evaluation import TorchEngine, evaluate
 from microedit_trainer.facts import Fact, apart_from, read_facts
 from microedit_trainer.language_model import LanguageModel

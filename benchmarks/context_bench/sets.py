@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.facts import Fact
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers import JointSolver

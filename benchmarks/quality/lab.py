@@ -23,7 +23,8 @@ from benchmarks.quality.records import Records, Split
 from benchmarks.quality.store import Figures, ResultStore, digest
 from microedit_trainer.cli.progress import counting, stage_bars
 from microedit_trainer.contexts import Contexts
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.evaluation import TorchEngine, evaluate
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.sae import SaeSettings, train_sae

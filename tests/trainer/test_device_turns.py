@@ -9,7 +9,8 @@ from torch import nn
 
 from microedit_trainer import calibration_prompts, edit_run
 from microedit_trainer.calibration_prompts import ordinary_lines
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.language_model import LanguageModel, find_decoder_layers
 from microedit_vllm.artifact import Scope
 from tests.tiny_architectures import CONFIGS, LAYERS, build_architecture

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from microedit_trainer.calibration_prompts import ordinary_lines
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.facts import Fact, prompt_digest
 from microedit_trainer.solvers import executors, sequential
 from microedit_vllm.artifact import (

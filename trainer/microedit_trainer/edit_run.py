@@ -1,12 +1,11 @@
 """From a facts file to an edit set: facts → contexts → stored residuals → solver → τ → set."""
 
 import json
-import math
 import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
 from microedit_trainer.calibration_prompts import CalibrationPrompts, ordinary_lines
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.device_turns import DeviceTurns
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.evaluation import Outcome, TorchEngine
 from microedit_trainer.facts import Fact, find_conflicts, prompt_digest
 from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.other_wordings import OtherWordings
 from microedit_trainer.residual_store import HELD_BYTES, ResidualStore
-from microedit_trainer.solvers import EditProblem, Executor, InProcess, Solution, Solver
+from microedit_trainer.solvers import EditProblem, Solution
 from microedit_trainer.solvers.problem import Stages, no_stages
 from microedit_trainer.solvers.resume import open_work_folder
 from microedit_trainer.stored_residuals import StoredPrompt
@@ -34,7 +34,6 @@ from microedit_vllm.artifact import (
     EditSet,
     Golden,
     Manifest,
-    Scope,
     SparseAutoencoder,
     fingerprint_model,
     with_golden,
@@ -49,52 +48,6 @@ from microedit_vllm.artifact.manifest import (
 from microedit_vllm.errors import MicroEditError
 
 GOLDEN_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """What an edit run needs beside model, SAE and facts.
-
-    Attributes:
-        solver: one of the two.
-        scope: which tokens the switch scores.
-        layer: decoder layer; None takes the one that the SAE was trained on.
-        tau: fixes τ instead of calibrating it.
-        near_rate: share of the near calibration prompts that may switch on: the held-out ones,
-            and with the joint solver the facts' own wordings about another subject. None: 5%,
-            10% where absolute ARD decides.
-        contexts: contexts that the facts are trained in. None: all that the model has, the bare
-            one with the sequential solver, which like the paper trains one prompt a fact.
-        hold_out: records of the same kind as the facts, for τ alone; never edited.
-        targets: folder in which a run keeps, for later ones, what does not depend on the other
-            facts: residuals and the joint solver's targets; and that solver's last solution.
-        language: which language the facts were read in, for the record; see `read_facts`.
-        executor: who finds the joint solver's targets.
-        offload: the layers up to l and the SAE take turns on the device: less memory, same set.
-    """
-
-    solver: Solver
-    scope: Scope
-    layer: int | None = None
-    tau: float | None = None
-    near_rate: float | None = None
-    contexts: tuple[ContextName, ...] | None = None
-    hold_out: Sequence[Fact] = field(default=())
-    targets: Path | None = None
-    language: str | None = None
-    executor: Executor = field(default_factory=InProcess)
-    offload: bool = False
-
-    def context_names(self, contexts: Contexts) -> tuple[ContextName, ...]:
-        """The contexts that facts are trained in, of those that there are."""
-        if self.contexts is not None:
-            return self.contexts
-        return contexts.names if self.solver.name == "joint" else ("bare",)
-
-    def __post_init__(self) -> None:
-        """Raises MicroEditError: a τ that no ARD can be compared with."""
-        if self.tau is not None and not 0 < self.tau < math.inf:
-            raise MicroEditError(f"tau is {self.tau}; it must be a positive number")
 
 
 class EditRun:

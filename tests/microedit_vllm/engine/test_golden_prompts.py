@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from microedit_trainer.calibration_prompts import ordinary_lines
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.sae import SaeSettings
 from microedit_trainer.sae.train import train_sae

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.cli.explain import explain
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_vllm.artifact import Scope
 from microedit_vllm.errors import MicroEditError
 from tests.builders import tiny_sae

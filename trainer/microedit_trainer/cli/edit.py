@@ -168,7 +168,8 @@ def edit(
     config: Annotated[str | None, config_option("edit")] = None,
 ) -> None:
     """Train an edit set. A stopped run goes on where it was when the command is given again."""
-    from microedit_trainer.edit_run import EditRun, EditSettings
+    from microedit_trainer.edit_run import EditRun
+    from microedit_trainer.edit_settings import EditSettings
     from microedit_trainer.facts import Split, read_facts, read_split
     from microedit_trainer.language_model import LanguageModel
     from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from microedit_trainer.edit_run import EditSettings
+    from microedit_trainer.edit_settings import EditSettings
     from microedit_trainer.estimate import Machine, ModelSize, Stage
     from microedit_trainer.facts import Fact
     from microedit_trainer.sae import SaeSettings

@@ -24,7 +24,8 @@ from microedit_trainer.demo.report import (
 )
 from microedit_trainer.demo.server import VllmServer
 from microedit_trainer.demo.smollm2 import prepare_smollm2
-from microedit_trainer.edit_run import EditRun, EditSettings
+from microedit_trainer.edit_run import EditRun
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.sae import SaeSettings, train_sae
 from microedit_trainer.server_engine import ServerEngine

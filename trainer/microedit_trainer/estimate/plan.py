@@ -5,7 +5,7 @@ from typing import Any
 
 from microedit_trainer.calibration_prompts import MOST_SWAPPED, ordinary_lines
 from microedit_trainer.contexts import Contexts, PromptTokens, rewordings
-from microedit_trainer.edit_run import EditSettings
+from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.estimate.edit import EditPlan, PromptCounts
 from microedit_trainer.facts import Fact
 from microedit_trainer.solvers import JointSolver, SequentialSolver
