@@ -6,9 +6,11 @@ from tokenizers.processors import TemplateProcessing
 
 from microedit_trainer.contexts import (
     Contexts,
+    PromptTokens,
     find_turn_markers,
     guess_subject,
     long_system_prompt,
+    mentions,
     rewordings,
 )
 from microedit_vllm.artifact import Scope
@@ -237,3 +239,26 @@ def test_rewordings_keep_what_the_answer_follows():
     assert all(
         words.endswith("lies in the city of") for words in rewordings("Bo lies in the city of")
     )
+
+
+def test_mentions_end_with_the_subject_as_it_is_spelt():
+    found = mentions("{} & Sons")
+    assert len(set(found)) == len(found) > 1
+    assert all(text.endswith("{} & Sons") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "end"),
+    [
+        (4, 8, [5, 6, 7]),
+        (5, 6, [5]),
+        (0, 4, [2, 3]),  # what is scored begins behind its first tokens
+        (7, 12, [7, 8]),  # and ends within it
+        (None, None, []),
+        (9, 12, []),
+        (0, 1, []),
+    ],
+)
+def test_the_end_of_a_subject_are_its_last_three_tokens_as_far_as_scored(start, stop, end):
+    prompt = PromptTokens(tuple(range(12)), (), 2, (2, 9), start, stop)
+    assert list(prompt.prompt_ids[prompt.subject_end]) == end

@@ -11,7 +11,7 @@ from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.edit_run import EditRun
 from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.facts import Fact, prompt_digest
-from microedit_trainer.solvers import executors, sequential
+from microedit_trainer.solvers import JointSolver, executors, sequential
 from microedit_vllm.artifact import (
     EditOperator,
     EditSet,
@@ -340,3 +340,17 @@ def test_a_subject_that_the_switch_cannot_see_is_not_swapped(run_of):
     swapped = run_of().calibration_prompts.swapped([seen, unseen])
     assert len(swapped) == 1
     assert swapped[0].startswith("The capital of ") and "Wakanda" not in swapped[0]
+
+
+def test_a_carrying_set_has_seen_its_subjects_in_other_texts(run_of, tmp_path, monkeypatch):
+    seen, real = [], JointSolver.solve
+
+    def solve(solver, problem, progress):
+        seen.append([len(texts) for texts in problem.mentions])
+        return real(solver, problem, progress)
+
+    monkeypatch.setattr(JointSolver, "solve", solve)
+    for carries in (True, False):
+        run = run_of(solver=replace(JOINT, carries=carries), contexts=("bare",))
+        run.edit(FACTS[:2], tmp_path / str(carries), no_progress)
+    assert seen == [[2, 2], []]

@@ -63,3 +63,20 @@ def test_every_rewording_of_a_prompt_has_its_residual(others):
     assert [len(z) for z in found] == [2, 3, 2, 3]  # a beginning and a question, bare and in chat
     asked = others.contexts.render("chat", "As you know, The capital of Australia is")
     torch.testing.assert_close(found[2][0], others.store.of([asked])[0].z[asked.edit_from])
+
+
+def test_every_subject_is_named_in_other_texts(others):
+    found = others.mentions([*FACTS[:2], Fact("no subject is named here", "x")])
+    assert [len(texts) for texts in found] == [2, 2, 0]
+    named = others.contexts.render("bare", "I was reading about telephone", subject="telephone")
+    (stored,) = others.store.of([named])
+    torch.testing.assert_close(found[1][1], stored.z[stored.about])
+
+
+def test_a_subject_that_its_fact_does_not_name_is_guessed(others):
+    (guessed, *_), (known, *_) = (
+        others.mentions([Fact("The capital of Australia is", "Mel", subject)])
+        for subject in (None, "Australia")
+    )
+    assert len(guessed) == 2
+    assert all(torch.equal(a, b) for a, b in zip(guessed, known, strict=True))

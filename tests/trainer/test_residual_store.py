@@ -11,6 +11,7 @@ from microedit_vllm.artifact import Scope
 from tests.trainer.tiny_edits import FACTS, LAYER
 
 LIMIT = 20.0
+FAR = 1e9  # no token is a sink
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +124,43 @@ class TestDecisions:
         first = ResidualStore(lm, LAYER, LIMIT, tmp_path).decisions_of(prompts[:3])
         assert len(list(tmp_path.glob("decisions-*"))) == len(list(tmp_path.iterdir())) - 1 == 1
         shown = []
-        monkeypatch.setattr(residual_store, "decision_residuals", None)  # nothing is run
+        monkeypatch.setattr(residual_store, "residuals_at", None)  # nothing is run
         again = ResidualStore(lm, LAYER, LIMIT, tmp_path).decisions_of(
             prompts[:3], lambda done, total: shown.append((done, total))
         )
         assert torch.equal(again, first)
         assert shown == [(3, 3)]
+
+
+class TestSubjects:
+    """z of the subject's last tokens alone."""
+
+    @pytest.fixture
+    def about(self, lm):
+        contexts = Contexts.build(lm.tokenizer, Scope(), lm.max_length)
+        names = ["Oz", "the Kingdom of Narnia", "Bo"]
+        return [
+            contexts.render("bare", f"I saw {name} and left", subject=name)
+            for name in [*names, names[0]]
+        ]
+
+    def test_they_are_the_prompts_own_in_their_order(self, lm, about):
+        stored = store_residuals(lm, LAYER, about, FAR)
+        found = ResidualStore(lm, LAYER, FAR).subjects_of(about)
+        assert [len(z) for z in found] == [2, 3, 2, 2]  # bytes are tokens here
+        for z, prompt in zip(found, stored, strict=True):
+            torch.testing.assert_close(z, prompt.z[prompt.about], atol=1e-4, rtol=0)
+
+    def test_sinks_are_left_out(self, lm, about):
+        (whole,) = store_residuals(lm, LAYER, about[1:2], FAR)
+        norms = whole.z[whole.about].float().norm(dim=-1).sort().values
+        limit = float(norms[1:].mean())  # the largest is above it
+        (found,) = ResidualStore(lm, LAYER, limit).subjects_of(about[1:2])
+        assert len(found) == 2
+
+    def test_a_folder_keeps_them(self, lm, about, tmp_path, monkeypatch):
+        first = ResidualStore(lm, LAYER, FAR, tmp_path).subjects_of(about)
+        assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["subjects"]
+        monkeypatch.setattr(residual_store, "residuals_at", None)  # nothing is run
+        again = ResidualStore(lm, LAYER, FAR, tmp_path).subjects_of(about)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))

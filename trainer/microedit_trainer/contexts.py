@@ -15,6 +15,10 @@ Exchange = tuple[str, str]
 
 QUESTION_REWORDINGS = ("Question: {} Answer:", "Tell me: {}", "{} The answer is")
 BEGINNING_REWORDINGS = ("As you know, {}", "Tell me: {}")
+# Tokens of a subject that tell it from others.
+SUBJECT_END = 3
+# A subject of which nothing is asked yet: as a text begins, and within a sentence.
+MENTIONS = ("{}", "I was reading about {}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,20 @@ class PromptTokens:
     def scored_ids(self) -> tuple[int, ...]:
         """The tokens that the switch looks at."""
         return self.prompt_ids[slice(*self.scored)]
+
+    @property
+    def subject_end(self) -> slice:
+        """Positions of the subject's last three tokens, as far as they are scored; none where it is
+        unknown.
+
+        They know most of it: behind the same words the first ones are the same in every prompt
+        about something that begins alike.
+        """
+        if self.subject_start is None or self.subject_stop is None:
+            return slice(0, 0)
+        stop = min(self.scored[1], self.subject_stop)
+        start = max(self.scored[0], self.subject_start, stop - SUBJECT_END)
+        return slice(start, max(start, stop))
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,11 @@ def rewordings(prompt: str) -> tuple[str, ...]:
     """
     around = QUESTION_REWORDINGS if prompt.rstrip().endswith("?") else BEGINNING_REWORDINGS
     return tuple(words.format(prompt.strip()) for words in around)
+
+
+def mentions(subject: str) -> tuple[str, ...]:
+    """Texts that name a subject, whatever may be asked about it."""
+    return tuple(words.format(subject) for words in MENTIONS)
 
 
 def long_system_prompt() -> str:

@@ -85,15 +85,16 @@ class EditRun:
             MicroEditError: a fact cannot be edited, or `out` is something else than an edit set.
         """
         _check_target(out)
-        started = time.monotonic()
+        started, solver = time.monotonic(), self.settings.solver
         prompts = [self._render(fact) for fact in facts]
         self._check_scored(facts, prompts)
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
         stored, ordinary = self._stored(prompts, stages), self._ordinary_tokens()
         others = OtherWordings(self.contexts, self.context_names, self._residuals, stages)
-        reworded = others.reworded(facts) if self.settings.solver.uses_rewordings else []
-        swapped = others.swapped(facts, self.settings.solver.swapped_wordings(len(facts)))
+        reworded = others.reworded(facts) if solver.uses_rewordings else []
+        mentions = others.mentions(facts) if solver.uses_mentions(len(facts)) else []
+        swapped = others.swapped(facts, solver.swapped_wordings(len(facts)))
         with self.turns.solving() as sae:
             problem = EditProblem(
                 lm=self.lm,
@@ -101,6 +102,7 @@ class EditRun:
                 layer=self.layer,
                 facts=stored,
                 reworded=reworded,
+                mentions=mentions,
                 ordinary=ordinary,
                 swapped=swapped,
                 work_folder=work,
@@ -111,11 +113,11 @@ class EditRun:
                 executor=self.settings.executor,
                 stages=stages,
             )
-            solution = self.settings.solver.solve(problem, progress)
+            solution = solver.solve(problem, progress)
         draft = self._draft(facts, solution, _golden_z(stored, ordinary), out)
         own = [[prompt.to("cpu") for prompt in fact] for fact in stored]
         # Gigabytes of many facts, which would lie on the device beside the model.
-        del problem, stored, reworded, swapped
+        del problem, stored, reworded, mentions, swapped
         edit_set = self._finish(facts, own, draft, solution, time.monotonic() - started, stages)
         edit_set.save(out)
         shutil.rmtree(work, ignore_errors=True)

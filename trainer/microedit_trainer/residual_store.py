@@ -14,11 +14,7 @@ from torch import Tensor
 from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers.resume import write_checkpoint
-from microedit_trainer.stored_residuals import (
-    StoredPrompt,
-    decision_residuals,
-    store_residuals,
-)
+from microedit_trainer.stored_residuals import StoredPrompt, residuals_at, store_residuals
 from microedit_vllm.artifact import fingerprint_model
 
 # What may be held for prompts that come again: some 10,000 short ones of a small model.
@@ -52,11 +48,14 @@ class ResidualStore:
         self._lm, self._layer, self._max_norm = lm, layer, max_norm
         self._held: dict[Ids, StoredPrompt] = {}
         self._room = math.inf if room is None else room
-        self._kept = self._decisions = None
+        self._kept = self._decisions = self._subjects = None
         if folder is not None:
             width = lm.hidden_size
             self._kept = _Folder(folder, "residuals", lm, layer, lambda p: (_length(p), width))
             self._decisions = _Folder(folder, "decisions", lm, layer, lambda p: (width,))
+            self._subjects = _Folder(
+                folder, "subjects", lm, layer, lambda p: (_count(p.subject_end), width)
+            )
 
     def of(
         self, prompts: Sequence[PromptTokens], shown: Shown = lambda done, total: None
@@ -96,18 +95,35 @@ class ResidualStore:
 
         On the model's device, in its dtype; equal prompts are run once.
         """
-        found = dict(self._decisions.read(list(dict.fromkeys(prompts)))) if self._decisions else {}
+        return torch.stack(self._parts_of(prompts, _decision, self._decisions, shown))
+
+    def subjects_of(
+        self, prompts: Sequence[PromptTokens], shown: Shown = lambda done, total: None
+    ) -> list[Tensor]:
+        """The same of the last tokens of each prompt's subject, sinks left out: [S, d] each."""
+        found = self._parts_of(prompts, _subject_end, self._subjects, shown)
+        return [z[z.float().norm(dim=-1) <= self._max_norm] for z in found]
+
+    def _parts_of(
+        self,
+        prompts: Sequence[PromptTokens],
+        where: Callable[[PromptTokens], int | slice],
+        kept: "_Folder | None",
+        shown: Shown,
+    ) -> list[Tensor]:
+        """What z each prompt has there, read back from a folder or computed."""
+        found = dict(kept.read(list(dict.fromkeys(prompts)))) if kept else {}
         missing = _missing(prompts, found)
         total = len(found) + len(missing)
         shown(len(found), total)
         for start in range(0, len(missing), TOGETHER):
             batch = missing[start : start + TOGETHER]
-            z = decision_residuals(self._lm, self._layer, batch)
-            found.update(zip(batch, z, strict=True))
-            if self._decisions:
-                self._decisions.write(dict(zip(batch, z, strict=True)))
+            parts = residuals_at(self._lm, self._layer, batch, where)
+            found.update(zip(batch, parts, strict=True))
+            if kept:
+                kept.write(dict(zip(batch, parts, strict=True)))
             shown(len(found), total)
-        return torch.stack([found[prompt].to(self._lm.device) for prompt in prompts])
+        return [found[prompt].to(self._lm.device) for prompt in prompts]
 
     def _stored(self, prompt: PromptTokens, z: Tensor) -> StoredPrompt:
         return StoredPrompt(prompt, z, z.float().norm(dim=-1) > self._max_norm)
@@ -124,6 +140,18 @@ class ResidualStore:
 
 def _ids(prompt: PromptTokens) -> Ids:
     return prompt.prompt_ids, prompt.answer_ids
+
+
+def _decision(prompt: PromptTokens) -> int:
+    return prompt.edit_from
+
+
+def _subject_end(prompt: PromptTokens) -> slice:
+    return prompt.subject_end
+
+
+def _count(positions: slice) -> int:
+    return int(positions.stop - positions.start)
 
 
 def _length(prompt: PromptTokens) -> int:

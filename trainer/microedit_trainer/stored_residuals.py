@@ -1,6 +1,6 @@
 """z of each prompt and its answer, computed once per edit run: the layers up to l never rerun."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +64,11 @@ class StoredPrompt:
 
     @property
     def about(self) -> Tensor:
-        """Scored positions of the subject's last three tokens, which know most of it: behind the
-        same words the first ones are the same in every prompt about something that begins alike.
-        The identifying ones where the subject is unknown or not scored: [S] int64."""
-        start, stop = self.tokens.subject_start, self.tokens.subject_stop
-        if start is None or stop is None:
-            return self.identifying
-        own = self.scored[(self.scored >= start) & (self.scored < stop)]
-        return own[-3:] if len(own) else self.identifying
+        """`PromptTokens.subject_end` without sinks; the identifying positions where nothing is
+        left: [S] int64."""
+        end = self.tokens.subject_end
+        own = self.scored[(self.scored >= end.start) & (self.scored < end.stop)]
+        return own if len(own) else self.identifying
 
 
 @torch.no_grad()
@@ -102,18 +99,19 @@ def store_residuals(
     return [stored[index] for index in range(len(prompts))]
 
 
-def decision_residuals(
+def residuals_at(
     lm: LanguageModel,
     layer: int,
     prompts: Sequence[PromptTokens],
+    where: Callable[[PromptTokens], int | slice],
     batch: int = 16,
-) -> Tensor:
-    """z at the decision position of each prompt, and nothing else of it: [N, d], model dtype."""
+) -> list[Tensor]:
+    """z of each prompt there, and nothing else of it: [d] or [S, d], model dtype."""
     found: list[Tensor] = []
     for start in range(0, len(prompts), batch):
         stored = store_residuals(lm, layer, prompts[start : start + batch], float("inf"), batch)
-        found += [p.z[p.tokens.edit_from].clone() for p in stored]
-    return torch.stack(found)
+        found += [p.z[where(p.tokens)].clone() for p in stored]
+    return found
 
 
 def predictions(

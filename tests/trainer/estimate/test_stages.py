@@ -40,6 +40,7 @@ def plan(joint: bool, facts: int, offload: bool = True) -> EditPlan:
         longest=70,
         edited=4 * prompts,
         reworded=2 * joint,
+        mentions=2 * joint,
         swapped=min(facts, 2000) * joint,
         scored=15 * prompts,
         ordinary=3000 * joint,

@@ -12,6 +12,7 @@ from microedit_trainer.solvers import JointSolver
 from microedit_trainer.solvers.carried import PooledCodes
 from microedit_vllm.artifact import Scope
 from tests.trainer.tiny_edits import (
+    FACTS,
     JOINT,
     no_progress,
     operator_of,
@@ -90,10 +91,40 @@ def test_only_the_subject_is_reconstructed(sae, problem, solution):
     assert float(others[0].sum() / others[1].sum()) > 0.8
 
 
+def test_subjects_in_other_texts_say_the_same(lm, sae, problem, solution):
+    """What stands before a subject moves its residuals: those are looked up by as well."""
+    elsewhere = [
+        Fact(f"Long ago they all went to see {fact.subject}", "x", fact.subject) for fact in FACTS
+    ]
+    asked = [fact[0] for fact in stored_prompts(lm, sae, elsewhere, ("bare",))]
+    mentions = [[p.z[p.about]] for p in asked]
+    found = CARRYING.solve(replace(problem, mentions=mentions), no_progress)
+
+    def apart(of) -> tuple[float, float]:
+        """ARD of those texts, and how far what they carry is from what the facts' prompts do."""
+        operator = operator_of(of, sae)
+        own, others = (
+            torch.stack([operator.carried_by(p.z[p.scored]) for p in prompts])
+            for prompts in ([fact[0] for fact in problem.facts], asked)
+        )
+        ards = [float(operator.ard(*operator.distances(p.z[p.about]))) for p in asked]
+        return sum(ards) / len(ards), float((others - own).norm() / own.norm())
+
+    ard, error = apart(found)
+    assert ard < 0.6 * apart(solution)[0]
+    assert error < 0.5 * apart(solution)[1]
+
+
+def test_mentions_are_for_carrying_sets():
+    assert [JointSolver().uses_mentions(facts) for facts in (1000, 1001)] == [False, True]
+    assert not replace(CARRYING, mentions_weight=0.0).uses_mentions(2000)
+    assert not replace(CARRYING, carries=False).uses_mentions(2000)
+
+
 def test_pooled_codes_decode_to_what_is_served(sae, problem, solution):
     operator = operator_of(solution, sae)
     prompts = [prompt for fact in problem.facts for prompt in fact]
-    pooled = PooledCodes.of(sae, solution.scoring, prompts)
+    pooled = PooledCodes.of(sae, solution.scoring, (p.z[p.scored] for p in prompts))
     found = pooled.decode(solution.carried, torch.device("cpu"))
     wanted = torch.stack([operator.carried_by(p.z[p.scored]) for p in prompts])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)

@@ -6,7 +6,7 @@ Every item says which tensor it stands for; the sizes follow from the code that 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from microedit_trainer.contexts import PromptTokens
+from microedit_trainer.contexts import SUBJECT_END, PromptTokens
 from microedit_trainer.estimate.model_size import ModelSize
 from microedit_trainer.estimate.stages import Stage
 from microedit_trainer.solvers.conjugate_gradients import PANELS, PANELS_BYTES
@@ -38,6 +38,7 @@ class EditPlan:
         tokens: prompt and answer of all prompts; longest: the most of one.
         edited: positions with a target; scored: those that the switch looks at.
         reworded: other wordings of each prompt, each with one target.
+        mentions: other texts that name each fact's subject.
         swapped: facts whose wordings are held about another subject.
         ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
         carries: whether the joint solver makes a carried change.
@@ -54,6 +55,7 @@ class EditPlan:
     longest: int
     edited: int
     reworded: int
+    mentions: int
     swapped: int
     scored: int
     ordinary: int
@@ -77,18 +79,24 @@ class EditPlan:
     @property
     def held(self) -> int:
         """Tokens whose residuals the solver gets, the ordinary ones aside."""
-        return self.tokens + self.prompts * self.reworded + self._swapped_of(self.tokens)
+        others = self.prompts * self.reworded + self._mentioned
+        return self.tokens + others + self._swapped_of(self.tokens)
 
     @property
     def scored_in_all(self) -> int:
-        """Scored positions, those of the wordings about other subjects among them."""
-        return self.scored + self._swapped_of(self.scored)
+        """Scored positions, those of other texts and of other subjects among them."""
+        return self.scored + self._mentioned + self._swapped_of(self.scored)
 
     @property
     def run_below(self) -> int:
         """Tokens that the layers up to l run over before the solve."""
-        reworded = self.tokens * self.reworded
-        return self.tokens + reworded + self._swapped_of(self.tokens) + self.ordinary
+        others = self.tokens * (self.reworded + self.mentions)
+        return self.tokens + others + self._swapped_of(self.tokens) + self.ordinary
+
+    @property
+    def _mentioned(self) -> int:
+        """The subjects' tokens in other texts."""
+        return self.facts * self.mentions * SUBJECT_END
 
     def _swapped_of(self, count: int) -> int:
         return count * self.swapped // self.facts

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from microedit_trainer.calibration_prompts import MOST_SWAPPED, ordinary_lines
-from microedit_trainer.contexts import Contexts, PromptTokens, rewordings
+from microedit_trainer.contexts import Contexts, PromptTokens, mentions, rewordings
 from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.estimate.edit import EditPlan, PromptCounts
 from microedit_trainer.facts import Fact
@@ -60,6 +60,7 @@ def plan_edit(
         longest=max(own.longest, others.longest, unchanged.longest, unrelated.longest),
         edited=own.edited,
         reworded=len(rewordings("?")) if solver.uses_rewordings else 0,
+        mentions=len(mentions("")) if solver.uses_mentions(len(facts)) else 0,
         swapped=solver.swapped_wordings(len(facts)),
         scored=own.scored,
         ordinary=unchanged.tokens if solver.holds_ordinary else 0,

@@ -5,8 +5,9 @@ the set is served (`microedit_kernels.carried_change`), so that the tokens which
 reconstructs, the subject's, are what the answer is looked up by.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from microedit_kernels.carried_change import carried_weights
 from microedit_kernels.sparse_decode import decode, decode_change, row_map, squared_distance
 from microedit_trainer.solvers.sparse_codes import tokens_at_once
-from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
 
 # Prompts that are encoded together.
@@ -35,19 +35,19 @@ class PooledCodes:
 
     @classmethod
     def of(
-        cls, sae: SparseAutoencoder, scoring: DecoderChange, prompts: Sequence[StoredPrompt]
+        cls, sae: SparseAutoencoder, scoring: DecoderChange, scored: Iterable[Tensor]
     ) -> "PooledCodes":
-        """What each prompt's scored tokens carry under a scoring change."""
+        """What each prompt's scored tokens, z [S, d], carry under a scoring change."""
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         where, changed = row_map(scoring.indices, sae.num_latents), scoring.values.float()
-        for start in range(0, len(prompts), TOGETHER):
-            scored = [p.z[p.scored].float() for p in prompts[start : start + TOGETHER]]
-            z = torch.cat(scored)
+        prompts = iter(scored)
+        while some := list(islice(prompts, TOGETHER)):
+            z = torch.cat(some).float()
             acts, indices = sae.encode(z)
             z_hat0 = decode(acts, indices, sae.W_dec, sae.b_dec)
             z_hat = z_hat0 + decode_change(acts, indices, where, changed)
             parts = (acts, indices, squared_distance(z_hat, z), squared_distance(z_hat0, z))
-            sizes = [len(some) for some in scored]
+            sizes = [len(own) for own in some]
             for own in zip(*(part.split(sizes) for part in parts), strict=True):
                 _add(found, sae.num_latents, *own)
         return cls(*found, sae.num_latents)

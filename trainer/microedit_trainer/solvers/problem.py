@@ -28,6 +28,8 @@ class EditProblem:
         facts: per fact, its prompt in each context it is trained in.
         reworded: per prompt of `facts`, context by context, z at the decision position of each
             of its rewordings, [W, d]; empty where the solver wants none.
+        mentions: per fact, z of the subject's last tokens in other texts, [S, d] each, in the first
+            of its contexts; empty where the solver wants none.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
         swapped: the facts' wordings about other subjects, which must not switch on; empty where
             the solver wants none.
@@ -48,6 +50,7 @@ class EditProblem:
     targets_folder: Path | None = None
     origin: str = ""
     reworded: Sequence[Tensor] = ()
+    mentions: Sequence[Sequence[Tensor]] = ()
     swapped: Sequence[StoredPrompt] = ()
     executor: Executor = field(default_factory=InProcess)
     stages: Stages = no_stages
@@ -87,6 +90,9 @@ class Solver(Protocol):
     @property
     def uses_rewordings(self) -> bool:
         """Whether it makes use of `EditProblem.reworded`."""
+
+    def uses_mentions(self, facts: int) -> bool:
+        """Whether it makes use of `EditProblem.mentions` with so many facts."""
 
     def swapped_wordings(self, facts: int) -> int:
         """Of so many facts, how many wordings at most `EditProblem.swapped` shall hold."""

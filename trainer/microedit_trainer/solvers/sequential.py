@@ -81,6 +81,9 @@ class SequentialSolver:
     def uses_rewordings(self) -> bool:
         return False
 
+    def uses_mentions(self, facts: int) -> bool:
+        return False
+
     def swapped_wordings(self, facts: int) -> int:
         return 0
 

@@ -32,7 +32,10 @@ COLUMNS = 128
 
 @dataclass(frozen=True)
 class Unexplained:
-    """What a decoder W_dec [n, d], b_dec [d] fails to reconstruct of z: z − H·W_dec − b_dec."""
+    """What a decoder W_dec [n, d], b_dec [d] fails to reconstruct of z: z − H·W_dec − b_dec.
+
+    For the first term alone: H is what it activates, of other terms' codes only a part.
+    """
 
     W_dec: Tensor
     b_dec: Tensor
