@@ -22,6 +22,7 @@ from benchmarks.quality.records import Records
 from benchmarks.quality.tables import (
     ablations,
     budgets,
+    carrying,
     contexts,
     main,
     ordinary,
@@ -36,7 +37,9 @@ from microedit_vllm.errors import MicroEditError
 
 TABLES = {
     table.NAME: table
-    for table in (main, paraphrases, contexts, ordinary, selfcheck, budgets, ablations, saes)
+    for table in (
+        *(main, paraphrases, carrying, contexts, ordinary, selfcheck, budgets, ablations, saes),
+    )
 }
 
 

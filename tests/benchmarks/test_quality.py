@@ -21,6 +21,7 @@ from benchmarks.quality.store import ResultStore, digest
 from benchmarks.quality.tables import (
     ablations,
     budgets,
+    carrying,
     contexts,
     main,
     ordinary,
@@ -310,6 +311,25 @@ def test_contexts_and_variations_are_built_too(lab, monkeypatch):
     assert contexts.section(lab, plan) == found
     found = ablations.section(lab, plan)
     assert [line[1] for line in found.lines] == ["as shipped", "one", "two"]
+    assert {len(line) for line in found.lines} == {len(found.header)}
+
+
+def test_what_carries_is_varied_on_the_largest_set_and_its_sae(lab, monkeypatch):
+    varied = carrying.experiments(FULL)
+    shipped = varied.pop("as shipped")
+    assert shipped == main_experiments(FULL)["all"]
+    sae = tiny_sae()
+    solver = shipped.build_solver(sae)
+    assert solver.is_carried(1600) and shipped.build_settings()["scope"] == Scope(last=32, run=2)
+    for found in varied.values():
+        assert (found.facts, found.sae, found.timed) == (shipped.facts, shipped.sae, False)
+        assert found.build_solver(sae) != solver
+    assert varied["not carried"].build_settings()["scope"] == Scope()
+    scores = {"rel": 1.0, "gen": 0.5, "loc": 1.0, "near": 1.0, "near_swapped": 1.0}
+    figures = {"bare": scores, "chat": scores, "tau": 0.9, "rows": [1, 2], "share_of_decoder": 0.1}
+    monkeypatch.setattr(Lab, "scores", lambda self, experiment: figures)
+    found = carrying.section(lab, QUICK)
+    assert [line[1] for line in found.lines] == ["as shipped", *varied]
     assert {len(line) for line in found.lines} == {len(found.header)}
 
 

@@ -57,7 +57,7 @@ def measured(lab: Lab, facts: Chosen, varied: dict[str, Experiment]) -> list[lis
     """A line of the table for each variation."""
     lines = []
     for name, experiment in varied.items():
-        lab.say(f"ablations: {in_words(facts)}, {name}")
+        lab.say(f"{in_words(facts)}, {name}")
         figures = lab.scores(experiment)
         chat = figures.get("chat", {})
         line = [in_words(facts), name, *scores(figures["bare"])]

@@ -131,6 +131,14 @@ def edit(
             show_default=False,
         ),
     ] = None,
+    mentions_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="joint, where answers are carried: weight of the facts' subjects in other texts; "
+            "0 does without, which saves time and costs Gen.",
+        ),
+    ] = 1.0,
     lr: Annotated[float | None, typer.Option(help="sequential: Adam's rate (paper 5e-5).")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="sequential: α of ARD; default: the SAE's mean ‖ẑ−z‖².")
@@ -195,6 +203,7 @@ def edit(
             carries=carry,
             reworded_weight=reworded_weight,
             swapped_weight=swapped_weight,
+            mentions_weight=mentions_weight,
         )
         scope = chosen.scope(len(split.edited))
     else:
