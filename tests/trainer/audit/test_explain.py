@@ -95,6 +95,14 @@ def test_what_is_carried_is_named_with_the_tokens_that_it_comes_from(engine_with
     assert found.rows_total == len(change.indices)
 
 
+def test_what_is_carried_is_traced_to_its_facts(engine_with, carrying):
+    found = explained(engine_with(of=carrying), rows=5)
+    assert {row.facts[0].fact for row in found.carried.rows} == {1}
+    assert found.carried.rows[0].facts[0].prompt == FACTS[0].prompt
+    assert all(sum(f.share for f in row.facts) <= 1 + 1e-5 for row in found.carried.rows)
+    assert found.nearest[0].fact == 1 and found.nearest[0].overlap == pytest.approx(1, abs=0.3)
+
+
 def test_a_set_that_carries_nothing_names_nothing(engine_with):
     assert explained(engine_with()).carried is None
 

@@ -81,6 +81,15 @@ def test_nothing_scored_and_no_row_is_a_picture_too(tmp_path):
     assert headline(found) == "nothing can be scored, so the switch is off (τ 0.600)"
 
 
+def test_what_is_carried_has_a_plot_of_its_own(tmp_path):
+    found = explanation([token(i) for i in range(8)])
+    widths = []
+    for carried in (None, found.edit):
+        draw_explanation(tmp_path / "picture.png", replace(found, carried=carried))
+        widths.append(imread(tmp_path / "picture.png").shape[1])
+    assert widths[1] > 1.3 * widths[0]
+
+
 def test_what_decides_can_be_told_from_the_rest(tmp_path):
     """The colour of the deciding tokens goes where they go."""
 

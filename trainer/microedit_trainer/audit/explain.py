@@ -5,16 +5,16 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from microedit_trainer.audit.explanation import Explanation, Firing
 from microedit_trainer.audit.fact_overlap import compare_facts, stored_facts, trained_context
-from microedit_trainer.audit.firing import ChangeAtTokens
+from microedit_trainer.audit.firing import ChangeAtTokens, FiredChanges
 from microedit_trainer.audit.tokens import decision_of
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.language_model import Progress
-from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
-from microedit_vllm.artifact import EditOperator
+from microedit_trainer.stored_residuals import store_residuals
 from microedit_vllm.errors import MicroEditError
 
 STRONGEST_LATENTS = 8
@@ -83,12 +83,15 @@ def explain(engine: TorchEngine, request: Request, folder: Path, progress: Progr
     deciding = torch.tensor([t.position for t in tokens if t.decides], dtype=torch.long)
     scoring = ChangeAtTokens.scoring(operator, stored.z, deciding)
     edit = ChangeAtTokens.edit(operator, stored.z, torch.tensor([prompt.edit_from]))
-    rows = (scoring.strongest_rows(request.rows), edit.strongest_rows(request.rows))
+    carried = ChangeAtTokens.carried(operator, stored.z, stored.scored)
+    fired = FiredChanges(scoring, edit, carried)
     facts = stored_facts(edit_set, request.facts)
     context = trained_context(edit_set, request.context)
-    overlap = compare_facts(engine, contexts, context, facts, scoring, edit, rows, progress)
-    behind_scoring = overlap.behind_rows(overlap.scoring, FACTS_PER_ROW)
-    behind_edit = overlap.behind_rows(overlap.edit, FACTS_PER_ROW)
+    overlap = compare_facts(engine, contexts, context, facts, fired, request.rows, progress)
+
+    def described(change: ChangeAtTokens, acts: Tensor) -> Firing:
+        return change.describe(overlap.behind_rows(acts, FACTS_PER_ROW), STRONGEST_LATENTS)
+
     before = _answer(engine, prompt, False, request.max_tokens)
     return Explanation(
         edit_set=str(folder),
@@ -105,24 +108,15 @@ def explain(engine: TorchEngine, request: Request, folder: Path, progress: Progr
         decision_position=prompt.edit_from,
         top_k=manifest.sae.k,
         tokens=tokens,
-        scoring=scoring.describe(rows[0], behind_scoring, STRONGEST_LATENTS),
-        edit=edit.describe(rows[1], behind_edit, STRONGEST_LATENTS),
-        carried=_carried(operator, stored, request.rows),
+        scoring=described(scoring, overlap.scoring),
+        edit=described(edit, overlap.edit),
+        carried=described(carried, overlap.carried) if operator.carries else None,
         nearest=overlap.nearest(NEAREST_FACTS),
         facts_compared=len(facts),
         facts_total=len(edit_set.facts),
         before=before,
         after=_answer(engine, prompt, True, request.max_tokens) if on else before,
     )
-
-
-def _carried(operator: EditOperator, prompt: StoredPrompt, count: int) -> Firing | None:
-    """What the scored tokens carry, by its `count` strongest rows."""
-    if not operator.carries:
-        return None
-    found = ChangeAtTokens.carried(operator, prompt.z, prompt.scored)
-    rows = found.strongest_rows(count)
-    return found.describe(rows, [()] * len(rows), STRONGEST_LATENTS)
 
 
 def _check_length(prompt: PromptTokens, max_tokens: int, limit: int) -> None:

@@ -118,8 +118,8 @@ class Explanation:
         decision_position: e, the last token of the prompt.
         top_k: latents kept per token.
         scoring, edit: at the deciding run, and at e.
-        carried: at the scored tokens that carry something to e, without the facts behind its rows;
-            None where the set has no carried change.
+        carried: at the scored tokens that carry something to e; None where the set has no carried
+            change.
         nearest: the facts of the largest overlap, first the nearest; none where it is 0.
         facts_compared, facts_total: the first of the set's facts were compared.
         before, after: greedy answers without the edit and with what the switch decides.

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from microedit_trainer.audit.explanation import NearFact, RowShare
-from microedit_trainer.audit.firing import ChangeAtTokens, row_strengths
+from microedit_trainer.audit.firing import ChangeAtTokens, FiredChanges, row_strengths
 from microedit_trainer.calibration import LARGE
 from microedit_trainer.contexts import ContextName, Contexts
 from microedit_trainer.evaluation import TorchEngine
 from microedit_trainer.facts import Fact
 from microedit_trainer.language_model import Progress
 from microedit_trainer.stored_residuals import StoredPrompt, store_residuals
-from microedit_vllm.artifact import EditSet
+from microedit_vllm.artifact import EditOperator, EditSet
 
 _FACTS_AT_ONCE = 64
 
@@ -36,7 +36,8 @@ class FactOverlap:
 
     Attributes:
         cosines, edit_cosines: [F] fp32 in [0, 1]; see `NearFact`.
-        scoring, edit: Σ h of the asked rows over each fact's own tokens, [F, r] fp32.
+        scoring, edit, carried: of each change's strongest rows Σ h over each fact's own tokens,
+            [F, r] fp32.
     """
 
     facts: Sequence[StoredFact]
@@ -44,6 +45,7 @@ class FactOverlap:
     edit_cosines: Tensor
     scoring: Tensor
     edit: Tensor
+    carried: Tensor
 
     def nearest(self, count: int) -> tuple[NearFact, ...]:
         """The facts of the largest cosines; none whose cosine is 0."""
@@ -62,7 +64,7 @@ class FactOverlap:
         )
 
     def behind_rows(self, acts: Tensor, count: int) -> list[tuple[RowShare, ...]]:
-        """Per row the facts of the largest shares: [F, r] of `scoring` or `edit` → r tuples."""
+        """Per row the facts of the largest shares: [F, r] of one of the changes → r tuples."""
         shares = acts / acts.sum(0).clamp(min=torch.finfo(torch.float).tiny)
         return [
             tuple(
@@ -110,21 +112,20 @@ def compare_facts(
     contexts: Contexts,
     context: ContextName,
     facts: Sequence[StoredFact],
-    scoring: ChangeAtTokens,
-    edit: ChangeAtTokens,
-    rows: tuple[Tensor, Tensor],
+    fired: FiredChanges,
+    rows: int,
     progress: Progress,
 ) -> FactOverlap:
     """Run the facts' own prompts up to the edited layer and compare what fires.
 
     Args:
         context: how the facts are put.
-        scoring, edit: what fires on the prompt that is explained.
-        rows: the scoring and the edit rows that are asked about, as places in their changes.
+        fired: what fires on the prompt that is explained.
+        rows: how many of each change's strongest rows are asked about.
         progress: called with the number of facts done since the last call.
     """
-    operator, manifest = engine.operator, engine.operator.edit_set.manifest
-    wanted, wanted_edit = scoring.strengths, edit.strengths
+    manifest = engine.operator.edit_set.manifest
+    asked = [change.strongest_rows(rows) for change in fired.all]
     found: list[tuple[Tensor, ...]] = []
     for first in range(0, len(facts), _FACTS_AT_ONCE):
         batch = [stored.fact for stored in facts[first : first + _FACTS_AT_ONCE]]
@@ -132,24 +133,33 @@ def compare_facts(
         for prompt in store_residuals(
             engine.lm, manifest.layer, rendered, manifest.decision.max_norm, progress=progress
         ):
-            own = operator.scoring_acts(prompt.z[_own_tokens(engine, prompt)]).sum(0)
-            own_edit = operator.edit_acts(prompt.z[prompt.edited])
-            at_decision = row_strengths(own_edit[0], edit.change)
-            found.append(
-                (
-                    cosine_similarity(row_strengths(own, scoring.change), wanted, dim=0),
-                    cosine_similarity(at_decision, wanted_edit, dim=0),
-                    own[rows[0]],
-                    own_edit.sum(0)[rows[1]],
-                )
-            )
+            found.append(_overlap(engine.operator, prompt, fired, asked))
     if not facts:
         empty = torch.zeros(0)
-        return FactOverlap(facts, empty, empty, *[torch.zeros(0, len(asked)) for asked in rows])
+        return FactOverlap(facts, empty, empty, *[torch.zeros(0, len(of)) for of in asked])
     return FactOverlap(facts, *[torch.stack(column).cpu() for column in zip(*found, strict=True)])
 
 
-def _own_tokens(engine: TorchEngine, prompt: StoredPrompt) -> Tensor:
+def _overlap(
+    operator: EditOperator, prompt: StoredPrompt, fired: FiredChanges, asked: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """One fact's line of `FactOverlap`."""
+    own = operator.scoring_acts(prompt.z[_own_tokens(operator, prompt)]).sum(0)
+    own_edit = operator.edit_acts(prompt.z[prompt.edited])
+    own_carried = ChangeAtTokens.carried(operator, prompt.z, prompt.scored).acts
+    scoring, edit = fired.scoring, fired.edit
+    return (
+        cosine_similarity(row_strengths(own, scoring.change), scoring.strengths, dim=0),
+        cosine_similarity(row_strengths(own_edit[0], edit.change), edit.strengths, dim=0),
+        own[asked[0]],
+        own_edit.sum(0)[asked[1]],
+        own_carried[asked[2]],
+    )
+
+
+def _own_tokens(operator: EditOperator, prompt: StoredPrompt) -> Tensor:
     """The tokens that the scoring change was trained to reconstruct: [S] int64."""
-    joint = engine.operator.edit_set.manifest.solver == "joint"
+    if operator.carries:
+        return prompt.about
+    joint = operator.edit_set.manifest.solver == "joint"
     return prompt.identifying if joint else prompt.scored

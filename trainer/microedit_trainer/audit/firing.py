@@ -58,14 +58,14 @@ class ChangeAtTokens:
         order = strengths.argsort(descending=True, stable=True)[:count]
         return order[strengths[order] > 0]
 
-    def describe(self, rows: Tensor, facts: list[tuple[RowShare, ...]], strongest: int) -> Firing:
+    def describe(self, facts: list[tuple[RowShare, ...]], strongest: int) -> Firing:
         """As plain values.
 
         Args:
-            rows: from `strongest_rows`; `facts`: the facts behind each of them.
+            facts: the facts behind each of the strongest rows, of so many.
             strongest: how many of the top k latents to name.
         """
-        strengths = self.strengths
+        rows, strengths = self.strongest_rows(len(facts)), self.strengths
         total = float(strengths.sum())
         changed = torch.isin(self.top_indices, self.change.indices)
         latents = _summed_latents(self.top_acts, self.top_indices)
@@ -89,6 +89,19 @@ class ChangeAtTokens:
                 for row, behind in zip(rows.tolist(), facts, strict=True)
             ),
         )
+
+
+@dataclass(frozen=True)
+class FiredChanges:
+    """What an edit set's changes do on one prompt; the carried one may have no rows."""
+
+    scoring: ChangeAtTokens
+    edit: ChangeAtTokens
+    carried: ChangeAtTokens
+
+    @property
+    def all(self) -> tuple[ChangeAtTokens, ...]:
+        return self.scoring, self.edit, self.carried
 
 
 def row_strengths(acts: Tensor, change: DecoderChange) -> Tensor:

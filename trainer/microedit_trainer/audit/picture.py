@@ -38,11 +38,12 @@ def draw_explanation(path: Path, explanation: Explanation) -> None:
 
     tokens = explanation.tokens[-MOST_TOKENS:]
     width = max(9.0, 1.5 + 0.24 * len(tokens))
-    figure = Figure(figsize=(width, 7.5), layout="constrained")
-    top, left, right = figure.subplot_mosaic([["tokens", "tokens"], ["scoring", "edit"]]).values()
+    changes = _changes(explanation)
+    figure = Figure(figsize=(max(width, 4.5 * len(changes)), 7.5), layout="constrained")
+    top, *below = figure.subplot_mosaic([["tokens"] * len(changes), list(changes)]).values()
     _draw_tokens(top, explanation, tokens)
-    _draw_rows(left, explanation.scoring, "rows that score, where it was decided")
-    _draw_rows(right, explanation.edit, f"rows that edit, at token {explanation.decision_position}")
+    for axes, (title, firing) in zip(below, changes.items(), strict=True):
+        _draw_rows(axes, firing, title)
     figure.suptitle(shortened(explanation.prompt, LONGEST_TITLE), parse_math=False)
     answers = [
         shortened(text, LONGEST_TITLE // 2) for text in (explanation.before, explanation.after)
@@ -54,6 +55,14 @@ def draw_explanation(path: Path, explanation: Explanation) -> None:
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(image, format="png", dpi=130)
     write_atomically(path, image.getvalue())
+
+
+def _changes(explanation: Explanation) -> dict[str, Firing]:
+    """What the set's changes do, by the titles of their plots."""
+    found = {"rows that score, where it was decided": explanation.scoring}
+    if explanation.carried is not None:
+        found["rows that carry, at the tokens that it knows"] = explanation.carried
+    return found | {f"rows that edit, at token {explanation.decision_position}": explanation.edit}
 
 
 def _draw_tokens(axes: Any, explanation: Explanation, tokens: tuple[Token, ...]) -> None:
