@@ -241,10 +241,13 @@ def test_rewordings_keep_what_the_answer_follows():
     )
 
 
-def test_mentions_end_with_the_subject_as_it_is_spelt():
+def test_mentions_name_the_subject_as_it_is_spelt_and_score_it_to_its_end(contexts):
     found = mentions("{} & Sons")
     assert len(set(found)) == len(found) > 1
-    assert all(text.endswith("{} & Sons") for text in found)
+    assert all("{} & Sons" in text for text in found)
+    for text in found:
+        prompt = contexts.render("bare", text, subject="{} & Sons")
+        assert prompt.subject_end.stop == prompt.subject_stop < len(prompt.prompt_ids)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def test_every_rewording_of_a_prompt_has_its_residual(others):
 def test_every_subject_is_named_in_other_texts(others):
     found = others.mentions([*FACTS[:2], Fact("no subject is named here", "x")])
     assert [len(texts) for texts in found] == [2, 2, 0]
-    named = others.contexts.render("bare", "I was reading about telephone", subject="telephone")
+    named = others.contexts.render(
+        "bare", "I was reading about telephone and it", subject="telephone"
+    )
     (stored,) = others.store.of([named])
     torch.testing.assert_close(found[1][1], stored.z[stored.about])
 

@@ -17,8 +17,9 @@ QUESTION_REWORDINGS = ("Question: {} Answer:", "Tell me: {}", "{} The answer is"
 BEGINNING_REWORDINGS = ("As you know, {}", "Tell me: {}")
 # Tokens of a subject that tell it from others.
 SUBJECT_END = 3
-# A subject of which nothing is asked yet: as a text begins, and within a sentence.
-MENTIONS = ("{}", "I was reading about {}")
+# A subject of which nothing is asked yet: as a text begins, and within a sentence. A word follows,
+# since a text's last token is not scored.
+MENTIONS = ("{} is", "I was reading about {} and it")
 
 
 @dataclass(frozen=True)
