@@ -115,6 +115,11 @@ def test_subjects_in_other_texts_say_the_same(lm, sae, problem, solution):
     assert error < 0.5 * apart(solution)[1]
 
 
+def test_facts_that_name_no_subject_are_mentioned_nowhere(problem, solution):
+    found = CARRYING.solve(replace(problem, mentions=[[] for _ in FACTS]), no_progress)
+    assert torch.equal(found.carried.values, solution.carried.values)
+
+
 def test_mentions_are_for_carrying_sets():
     assert [JointSolver().uses_mentions(facts) for facts in (1000, 1001)] == [False, True]
     assert not replace(CARRYING, mentions_weight=0.0).uses_mentions(2000)

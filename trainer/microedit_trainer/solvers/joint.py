@@ -210,7 +210,7 @@ class JointSolver:
         if problem.swapped:
             held = torch.cat([p.z[p.identifying] for p in problem.swapped])
             terms.append(Term(held, None, self.swapped_weight))
-        if problem.mentions:
+        if any(problem.mentions):
             named = torch.cat([z for mentions in problem.mentions for z in mentions])
             terms.append(Term(named, _unexplained(sae, named), self.mentions_weight))
         return self._solve(problem, "scoring", settings, encode, terms)[0]
@@ -233,7 +233,7 @@ class JointSolver:
             Term(of_own, first, 1.0),
             Term(of_held, None, self.carried.unchanged_weight),
         ]
-        if len(named):
+        if any(problem.mentions):
             counts = torch.tensor([len(some) for some in problem.mentions], device=device)
             wanted = first[: len(counts)].repeat_interleave(counts, dim=0)
             terms.append(Term(of_named, wanted, self.mentions_weight))
