@@ -354,3 +354,18 @@ def test_a_carrying_set_has_seen_its_subjects_in_other_texts(run_of, tmp_path, m
         run = run_of(solver=replace(JOINT, carries=carries), contexts=("bare",))
         run.edit(FACTS[:2], tmp_path / str(carries), no_progress)
     assert seen == [[2, 2], []]
+
+
+def test_a_held_out_record_that_is_too_long_ends_the_run_before_its_work(run_of, tmp_path):
+    run = run_of(hold_out=[Fact("x" * 600, "x")])
+    with pytest.raises(MicroEditError, match="more than the model's context of 512"):
+        run.edit(FACTS[:1], tmp_path / "set", no_progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fact_that_just_fits_is_edited_without_what_does_not(run_of, lm, tmp_path):
+    """Its rewordings, and its wordings about other subjects, are longer than the context."""
+    fact = Fact(f"{'x' * (lm.max_length - 30)} The capital of Oz is", "Mel", "Oz")
+    out = tmp_path / "set"
+    run_of(contexts=("bare",)).edit([fact, FACTS[0]], out, no_progress)
+    assert EditSet.load(out).facts[0]["rel"] == 1

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,3 +84,17 @@ def test_a_subject_that_its_fact_does_not_name_is_guessed(others):
     )
     assert len(guessed) == 2
     assert all(torch.equal(a, b) for a, b in zip(guessed, known, strict=True))
+
+
+def test_wordings_that_the_model_has_no_room_for_are_left_out(others):
+    room = others.contexts.max_length
+    fact = Fact(f"{'x' * (room - 40)} Oz is", "x", "Oz")  # fits, bare
+    long = replace(others, names=("bare",))
+    assert long.contexts.render("bare", fact.prompt)
+    assert [len(z) for z in long.reworded([fact, FACTS[0]])] == [2, 2]
+    fact = replace(fact, prompt="x" * (room - len(fact.prompt) - 2) + fact.prompt)
+    assert long.contexts.render("bare", fact.prompt)
+    assert long.reworded([fact]) == []
+    assert [len(z) for z in long.reworded([fact, FACTS[0]])] == [0, 2]
+    assert len(long.mentions([fact])[0]) == 2
+    assert long.swapped([fact], 10) == []  # Peru is longer than Oz

@@ -40,13 +40,18 @@ class CalibrationPrompts:
 
         Invented names have a bound of their own: facts about such are mixed up among each other far
         more often than with names that the model knows.
+
+        Raises:
+            PromptTooLongError: a held-out one; of the others those that fit are taken.
         """
-        prompts = {"held_out": [fact.prompt for fact in self.hold_out]}
+        held_out = [
+            self.contexts.render(n, fact.prompt) for fact in self.hold_out for n in self.names
+        ]
+        prompts = {"ordinary": ordinary_lines()[1::2]}
         if self.swaps:
             prompts["swapped"] = self.swapped(facts)
             prompts["invented"] = self._about(_shipped_lines("invented_subjects.txt"), facts)
-        prompts["ordinary"] = ordinary_lines()[1::2]
-        return {group: self._render(of_group) for group, of_group in prompts.items()}
+        return {"held_out": held_out} | {g: self._fitting(some) for g, some in prompts.items()}
 
     def swapped(self, facts: Sequence[Fact]) -> list[str]:
         """The facts' wordings about subjects of held-out records, else about shipped names."""
@@ -60,12 +65,13 @@ class CalibrationPrompts:
         the fact's own, and no τ tells the two apart.
         """
 
-        def scored(prompt: str) -> tuple[int, ...]:
-            return self.contexts.render(self.names[0], prompt).scored_ids
+        def scored(prompt: str) -> tuple[int, ...] | None:
+            fitting = self.contexts.fitting(self.names[0], [prompt])
+            return fitting[0].scored_ids if fitting else None
 
-        own = {scored(fact.prompt) for fact in facts}
+        unseen = {scored(fact.prompt) for fact in facts} | {None}
         others = swap_subjects(facts, subjects)
-        seen = [other.prompt for other in others if scored(other.prompt) not in own]
+        seen = [other.prompt for other in others if scored(other.prompt) not in unseen]
         return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
 
     def golden(self, engine: TorchEngine, facts: Sequence[Fact]) -> tuple[GoldenPrompt, ...]:
@@ -76,7 +82,7 @@ class CalibrationPrompts:
         """
 
         def golden(prompts: Sequence[str], on: bool, count: int) -> list[GoldenPrompt]:
-            return golden_prompts(engine, self._render(prompts), on, count)
+            return golden_prompts(engine, self._fitting(prompts), on, count)
 
         near = self.swapped(facts)
         return (
@@ -85,8 +91,10 @@ class CalibrationPrompts:
             *golden(ordinary_lines()[1::2][:GOLDEN_FACTS], on=False, count=2),
         )
 
-    def _render(self, prompts: Sequence[str]) -> list[PromptTokens]:
-        return [self.contexts.render(name, p) for p in prompts for name in self.names]
+    def _fitting(self, prompts: Sequence[str]) -> list[PromptTokens]:
+        return [
+            found for p in prompts for n in self.names for found in self.contexts.fitting(n, [p])
+        ]
 
 
 def ordinary_lines() -> list[str]:

@@ -1,7 +1,8 @@
 """A prompt as the server sees it: token ids, decision position, scored span, answer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -20,6 +21,10 @@ SUBJECT_END = 3
 # A subject of which nothing is asked yet: as a text begins, and within a sentence. A word follows,
 # since a text's last token is not scored.
 MENTIONS = ("{} is", "I was reading about {} and it")
+
+
+class PromptTooLongError(MicroEditError):
+    """The model's context has no room for a prompt and its answer."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ class Contexts:
             history: what was asked and answered before, for a chat.
 
         Raises:
-            MicroEditError: longer than the model's context, or no chat template for a chat, or
-                one that refuses it (some know no system prompt).
+            PromptTooLongError: longer than the model's context.
+            MicroEditError: no chat template for a chat, or one that refuses it (some know no
+                system prompt).
         """
         if context == "bare":
             text = prompt.rstrip()
@@ -113,7 +119,7 @@ class Contexts:
         prompt_ids, offsets = self._encode(text, special=context == "bare")
         answer_ids = self.tokenizer(answer_text, add_special_tokens=False).input_ids
         if len(prompt_ids) + len(answer_ids) + 1 > self.max_length:
-            raise MicroEditError(
+            raise PromptTooLongError(
                 f"the prompt {prompt[:40]!r}… has {len(prompt_ids)} tokens, with its answer more "
                 f"than the model's context of {self.max_length}; shorten it"
             )
@@ -127,6 +133,16 @@ class Contexts:
             subject_start=start,
             subject_stop=stop,
         )
+
+    def fitting(
+        self, context: ContextName, prompts: Iterable[str], subject: str | None = None
+    ) -> list[PromptTokens]:
+        """Those of some prompts, which nobody wrote, that the model's context has room for."""
+        found = []
+        for prompt in prompts:
+            with suppress(PromptTooLongError):
+                found.append(self.render(context, prompt, subject=subject))
+        return found
 
     def _encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(

@@ -88,6 +88,8 @@ class EditRun:
         started, solver = time.monotonic(), self.settings.solver
         prompts = [self._render(fact) for fact in facts]
         self._check_scored(facts, prompts)
+        # Before the work: a held-out record may be too long for the model.
+        calibrating = self.calibration_prompts.by_group(facts)
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
         stored, ordinary = self._stored(prompts, stages), self._ordinary_tokens()
@@ -118,7 +120,8 @@ class EditRun:
         own = [[prompt.to("cpu") for prompt in fact] for fact in stored]
         # Gigabytes of many facts, which would lie on the device beside the model.
         del problem, stored, reworded, mentions, swapped
-        edit_set = self._finish(facts, own, draft, solution, time.monotonic() - started, stages)
+        seconds = time.monotonic() - started
+        edit_set = self._finish(facts, own, draft, solution, calibrating, seconds, stages)
         edit_set.save(out)
         shutil.rmtree(work, ignore_errors=True)
         return edit_set
@@ -210,13 +213,13 @@ class EditRun:
         stored: Sequence[list[StoredPrompt]],
         draft: EditSet,
         solution: Solution,
+        prompts: dict[str, list[PromptTokens]],
         seconds: float,
         stages: Stages,
     ) -> EditSet:
         """Calibrate τ, score the facts, and put the set together."""
         engine = TorchEngine(self.lm, EditOperator.build(draft, self.sae), self._residuals)
         stages("scores", 0.0, "choosing τ")
-        prompts = self.calibration_prompts.by_group(facts)
         if self.settings.offload:
             # Stored before the layers that store them leave the device.
             for group in prompts.values():

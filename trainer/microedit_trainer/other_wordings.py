@@ -37,11 +37,13 @@ class OtherWordings:
     def reworded(self, facts: Sequence[Fact]) -> list[Tensor]:
         """z of each prompt in other words, as in `EditProblem.reworded`."""
         rendered = [
-            [self.contexts.render(name, words) for words in rewordings(fact.prompt)]
+            self.contexts.fitting(name, rewordings(fact.prompt))
             for name in self.names
             for fact in facts
         ]
         flat = [prompt for others in rendered for prompt in others]
+        if not flat:
+            return []
 
         def shown(done: int, total: int) -> None:
             self.stages("other words", done / total, f"{total} prompts")
@@ -68,7 +70,7 @@ class OtherWordings:
         subject = fact.subject or guess_subject(fact.prompt)
         if not subject:
             return []
-        texts = [self.contexts.render(name, text, subject=subject) for text in mentions(subject)]
+        texts = self.contexts.fitting(name, mentions(subject), subject)
         return [text for text in texts if text.subject_end.start < text.subject_end.stop]
 
     def swapped(self, facts: Sequence[Fact], most: int) -> list[StoredPrompt]:
@@ -89,7 +91,8 @@ class OtherWordings:
 
     def _rendered(self, facts: Sequence[Fact]) -> list[PromptTokens]:
         return [
-            self.contexts.render(name, fact.prompt, subject=fact.subject)
+            prompt
             for name in self.names
             for fact in facts
+            for prompt in self.contexts.fitting(name, [fact.prompt], fact.subject)
         ]

@@ -93,7 +93,7 @@ class ResidualStore:
     ) -> Tensor:
         """z at the decision position of each prompt, and nothing else of it: [N, d].
 
-        On the model's device, in its dtype; equal prompts are run once.
+        On the model's device, in its dtype; equal prompts are run once. At least one prompt.
         """
         return torch.stack(self._parts_of(prompts, _decision, self._decisions, shown))
 
