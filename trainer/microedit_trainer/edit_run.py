@@ -130,11 +130,10 @@ class EditRun:
         """How far `progress` counts for these facts."""
         return len(facts) * self.settings.solver.units_per_fact(len(self.context_names))
 
-    @property
-    def near_rate(self) -> float:
-        if self.settings.near_rate is not None:
-            return self.settings.near_rate
-        return 0.05 if self.settings.solver.statistic == "relative" else 0.1
+    def near_rate(self, facts: int) -> float:
+        """Share of the near prompts that τ may let switch on, with so many facts."""
+        given = self.settings.near_rate
+        return self.settings.solver.near_rate(facts) if given is None else given
 
     @property
     def context_names(self) -> tuple[ContextName, ...]:
@@ -281,7 +280,7 @@ class EditRun:
             hyperparameters={
                 **solver,
                 "contexts": list(self.context_names),
-                "near_rate": self.near_rate,
+                "near_rate": self.near_rate(len(facts)),
                 "held_out": [prompt_digest(f.prompt) for f in settings.hold_out],
                 "language": settings.language,
             },
@@ -308,12 +307,12 @@ class EditRun:
         prompts: dict[str, list[PromptTokens]],
     ) -> Calibration:
         ards = {group: engine.ards(of_group).cpu() for group, of_group in prompts.items()}
-        near = ("held_out", "swapped", "invented")
+        near, near_rate = ("held_out", "swapped", "invented"), self.near_rate(len(stored))
         # Absolute ARD spreads over ordinary prompts, so that τ cannot stay below all of them.
         return calibrate(
             edited=engine.ards_of([prompt for fact in stored for prompt in fact]).cpu(),
             ordinary=ards["ordinary"],
-            near={g: NearPrompts(ards[g], self.near_rate) for g in near if g in ards},
+            near={g: NearPrompts(ards[g], near_rate) for g in near if g in ards},
             ordinary_rate=0.0 if self.settings.solver.statistic == "relative" else 0.05,
             fixed=self.settings.tau,
         )

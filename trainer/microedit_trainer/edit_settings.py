@@ -22,8 +22,8 @@ class EditSettings:
         layer: decoder layer; None takes the one that the SAE was trained on.
         tau: fixes τ instead of calibrating it.
         near_rate: share of the near calibration prompts that may switch on: the held-out ones,
-            and with the joint solver the facts' own wordings about another subject. None: 5%,
-            10% where absolute ARD decides.
+            and with the joint solver the facts' own wordings about another subject. None: what
+            the solver says for so many facts.
         contexts: contexts that the facts are trained in. None: all that the model has, the bare
             one with the sequential solver, which like the paper trains one prompt a fact.
         hold_out: records of the same kind as the facts, for τ alone; never edited.

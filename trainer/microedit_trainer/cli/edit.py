@@ -69,7 +69,12 @@ def edit(
     tau: Annotated[float | None, typer.Option(min=0, help="Fix τ, do not calibrate.")] = None,
     near_rate: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of near prompts that may switch on."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of near prompts that may switch on; default 0.05, 0.035 where answers are "
+            "carried, 0.1 with --statistic absolute.",
+        ),
     ] = None,
     targets: Annotated[
         Path | None,

@@ -52,6 +52,9 @@ HELD_ABOVE, MOST_HELD = 1000, 2000
 # Where the subject's tokens alone are reconstructed: how many the switch takes together, and among
 # how many it looks. Twice as many let 5 of 1,000 ordinary requests through where these let 2.
 CARRIED_SCOPE = Scope(last=32, run=2)
+# Near prompts that may switch on. Short runs within long texts are what τ must be stricter for:
+# measured at 1,600 facts, 3% to 4.5% let 2 of 1,000 ordinary requests through, 5% let 7.
+NEAR_RATE, CARRIED_NEAR_RATE = 0.05, 0.035
 # Weight of the tokens before the subject there: a short run hardly ever reaches them.
 SHARED_WEIGHT = 0.1
 
@@ -117,6 +120,9 @@ class JointSolver:
     @property
     def statistic(self) -> Literal["relative"]:
         return "relative"
+
+    def near_rate(self, facts: int) -> float:
+        return CARRIED_NEAR_RATE if self.is_carried(facts) else NEAR_RATE
 
     def units_per_fact(self, contexts: int) -> int:
         return contexts

@@ -80,6 +80,9 @@ class Solver(Protocol):
     def statistic(self) -> Literal["absolute", "relative"]:
         """What the switch decides by."""
 
+    def near_rate(self, facts: int) -> float:
+        """Of other prompts of the kind of so many facts, the share that τ may let switch on."""
+
     def units_per_fact(self, contexts: int) -> int:
         """How far `solve` counts its progress for a fact in so many contexts."""
 

@@ -70,6 +70,9 @@ class SequentialSolver:
             if not 0 < getattr(self, name) < math.inf:
                 raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
 
+    def near_rate(self, facts: int) -> float:
+        return 0.05 if self.statistic == "relative" else 0.1
+
     def units_per_fact(self, contexts: int) -> int:
         return self.passes + (self.rows_per_fact is not None)
 
