@@ -159,7 +159,9 @@ class EditOperator:
 
     def carried_weights(self, z: Tensor) -> Tensor:
         """How much each of one sequence's scored tokens, all of which count, has to say of what
-        they carry: [S, d] → [S] fp32."""
+        they carry: [S, d] → [S] fp32; nothing in a set that carries nothing."""
+        if not self.carries:
+            return z.new_zeros(len(z), dtype=torch.float)
         return _weights(*self.distances(z))
 
     def ards(self, dist: Tensor, dist0: Tensor, counted: Tensor) -> Tensor:
