@@ -5,6 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+# How far τ stays below the smallest ARD of the ordinary prompts, which are few. Measured on 1,000
+# others at 300 facts: with 0.97 3 of them switch on, with 0.95 2, with 0.93 1; Gen falls from 0.852
+# to 0.842.
+SLACK = 0.93
 # JSON has no infinity; an ARD that large never switches on.
 LARGE = 1e6
 
@@ -46,7 +50,7 @@ def calibrate(
     ordinary: Tensor,
     near: dict[str, NearPrompts],
     ordinary_rate: float = 0.0,
-    slack: float = 0.97,
+    slack: float = SLACK,
     fixed: float | None = None,
 ) -> Calibration:
     """Choose the largest τ that the calibration prompts allow.
