@@ -4,7 +4,8 @@
 
 `--targets` keeps what was found, so that a stopped run goes on, and `--add-one` then adds one fact
 to the same set. `--compare-dense` solves twice, by conjugate gradients and densely in fp64, and
-prints how far the two changes are apart.
+prints how far the two changes are apart. `--solver sequential` edits fact after fact as the paper
+does, all rows, and prints how memory grows with the facts that are done.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.evaluation import Scores, TorchEngine, evaluate
 from microedit_trainer.facts import Fact
 from microedit_trainer.language_model import LanguageModel
-from microedit_trainer.solvers import JointSolver, joint
+from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver, joint
 from microedit_trainer.solvers.dense_systems import RowSystem
 from microedit_trainer.solvers.ridge import IterativeSystem, System
 from microedit_trainer.solvers.sparse_codes import CodedTerms, Watch
@@ -37,15 +38,22 @@ OTHERS = 200
 
 
 class Clock:
-    """Seconds of each stage of a run, from what the run shows of itself."""
+    """Seconds of each stage of a run, from what the run shows of itself, and memory on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: int) -> None:
         self.seconds: dict[str, float] = {}
         self.notes: dict[str, list[str]] = {}
+        self.peaks: dict[str, float] = {}
         self._stage, self._since = "start", time.monotonic()
+        self._units, self._done = units, 0
 
     def progress(self, done: int) -> None:
-        self.stage("targets", 0.0, "")
+        """So many more targets, or edits of the sequential solver, are there."""
+        self.stage("facts", 0.0, "")
+        self._done += done
+        for share in (10, 50, 100):
+            if self._done * 100 >= self._units * share:
+                self.peaks.setdefault(f"{share}%", peak_gib())
 
     def stage(self, name: str, share: float, note: str) -> None:
         self.stop()
@@ -81,18 +89,29 @@ class Scale:
         self.sae = SparseAutoencoder.load(options.sae)
         self.contexts: tuple[ContextName, ...] | None = options.contexts and tuple(options.contexts)
         self.rows_per_fact = options.rows_per_fact
+        self.passes = options.passes
+        self.build = {"joint": self._joint, "sequential": self._sequential}[options.solver]
+
+    def _joint(self) -> Solver:
+        return JointSolver(rows_per_fact=self.rows_per_fact)
+
+    def _sequential(self) -> Solver:
+        alpha = float(self.sae.report["mean_distance"])
+        return SequentialSolver(
+            alpha, position="sequence", passes=self.passes, statistic="relative"
+        )
 
     def edit(self, facts: list[Fact], targets: Path) -> tuple[EditSet, EditRun, dict[str, Any]]:
         """The set, and what making it took."""
-        solver = JointSolver(rows_per_fact=self.rows_per_fact)
+        solver = self.build()
         settings = EditSettings(
             solver=solver,
             scope=solver.scope(len(facts)),
             contexts=self.contexts,
             targets=targets,
         )
-        clock = Clock()
         run = EditRun(self.lm, self.sae, self.sae_folder, settings)
+        clock = Clock(run.units(facts))
         with tempfile.TemporaryDirectory() as folder:
             edit_set = run.edit(facts, Path(folder) / "set", clock.progress, clock.stage)
             size = sum(file.stat().st_size for file in (Path(folder) / "set").iterdir())
@@ -106,6 +125,7 @@ class Scale:
                 "seconds": clock.rounded(),
                 "seconds_in_all": round(sum(clock.seconds.values()), 1),
                 "steps": clock.solver_steps(),
+                "peak_gib_on_the_way": clock.peaks,
                 "tau": manifest.decision.tau,
                 "rel": manifest.scores["rel"],
                 "rows": {name: len(c.indices) for name, c in edit_set.changes.items()},
@@ -174,7 +194,9 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--contexts", nargs="+", choices=("bare", "chat"))
-    parser.add_argument("--rows-per-fact", type=int, default=15)
+    parser.add_argument("--solver", choices=("joint", "sequential"), default="joint")
+    parser.add_argument("--rows-per-fact", type=int, default=15, help="joint")
+    parser.add_argument("--passes", type=int, default=1, help="sequential")
     parser.add_argument("--targets", type=Path, help="keep what was found in this folder")
     parser.add_argument("--scored", type=int, default=300, help="facts to ask in other words")
     parser.add_argument("--add-one", action="store_true", help="then add one fact")

@@ -24,7 +24,7 @@ from microedit_trainer.evaluation import TorchEngine, evaluate
 from microedit_trainer.facts import Fact, apart_from, read_facts
 from microedit_trainer.language_model import LanguageModel
 from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver
-from microedit_vllm.artifact import EditOperator, EditSet, Scope, SparseAutoencoder
+from microedit_vllm.artifact import EditOperator, EditSet, SparseAutoencoder
 
 HOLD_OUT = slice(300, 400)
 NEAR = slice(400, 600)
@@ -40,10 +40,12 @@ class Bench:
         self.records = read_facts(options.zsre)
         self.text = options.text
 
-    def edit(self, solver: Solver, scope: Scope, facts: list[Fact]) -> tuple[EditSet, float]:
+    def edit(self, solver: Solver, facts: list[Fact]) -> tuple[EditSet, float]:
         """A fresh edit set of `facts`, and the seconds that the whole command took."""
         settings = EditSettings(
-            solver=solver, scope=scope, hold_out=apart_from(facts, self.records[HOLD_OUT])
+            solver=solver,
+            scope=solver.scope(len(facts)),
+            hold_out=apart_from(facts, self.records[HOLD_OUT]),
         )
         run = EditRun(self.lm, self.sae, self.sae_folder, settings)
         started = time.monotonic()
@@ -74,7 +76,7 @@ def joint(bench: Bench, sizes: list[int], rows_per_fact: int | None) -> list[dic
     rows = []
     for size in sizes:
         facts = bench.records[:size]
-        edit_set, seconds = bench.edit(JointSolver(rows_per_fact=rows_per_fact), Scope(), facts)
+        edit_set, seconds = bench.edit(JointSolver(rows_per_fact=rows_per_fact), facts)
         found = bench.score(edit_set, facts, ["bare", "chat", "long"])
         rows.append(_row("joint", size, edit_set, seconds, found))
     return rows
@@ -83,12 +85,11 @@ def joint(bench: Bench, sizes: list[int], rows_per_fact: int | None) -> list[dic
 def sequential(bench: Bench, sizes: list[int], solver: SequentialSolver) -> list[dict[str, Any]]:
     """The paper's solver; T = 1 is the mean over 20 facts edited one at a time."""
     rows = []
-    scope = Scope(last=None, run=0)
     for size in sizes:
         singles = [[fact] for fact in bench.records[:20]] if size == 1 else [bench.records[:size]]
         parts = []
         for facts in singles:
-            edit_set, seconds = bench.edit(solver, scope, facts)
+            edit_set, seconds = bench.edit(solver, facts)
             found = bench.score(edit_set, facts, ["bare"])
             parts.append(_row("sequential", size, edit_set, seconds, found))
         rows.append(_mean(parts))

@@ -186,7 +186,7 @@ def edit(
     from microedit_trainer.facts import Split, read_facts, read_split
     from microedit_trainer.language_model import LanguageModel
     from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver
-    from microedit_vllm.artifact import Scope, SparseAutoencoder
+    from microedit_vllm.artifact import SparseAutoencoder
 
     console = Console()
     if hold_out is None:
@@ -210,7 +210,6 @@ def edit(
             swapped_weight=swapped_weight,
             mentions_weight=mentions_weight,
         )
-        scope = chosen.scope(len(split.edited))
     else:
         if rows_per_fact is None:
             rows_per_fact = SEQUENTIAL_ROWS_PER_FACT
@@ -227,10 +226,9 @@ def edit(
             statistic=statistic.value,
             **given,
         )
-        scope = Scope(last=None, run=0)
     settings = EditSettings(
         solver=chosen,
-        scope=scope,
+        scope=chosen.scope(len(split.edited)),
         layer=layer,
         tau=tau,
         near_rate=near_rate,

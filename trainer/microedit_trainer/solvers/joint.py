@@ -147,7 +147,6 @@ class JointSolver:
         return facts > HELD_ABOVE if self.carries is None else self.carries
 
     def scope(self, facts: int) -> Scope:
-        """What the switch of a set of so many facts looks at."""
         return CARRIED_SCOPE if self.is_carried(facts) else Scope()
 
     def hyperparameters(self) -> dict[str, Any]:

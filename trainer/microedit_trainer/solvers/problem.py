@@ -10,7 +10,7 @@ from torch import Tensor
 from microedit_trainer.language_model import LanguageModel, Progress
 from microedit_trainer.solvers.executors import Executor, InProcess
 from microedit_trainer.stored_residuals import StoredPrompt
-from microedit_vllm.artifact import DecoderChange, SparseAutoencoder
+from microedit_vllm.artifact import DecoderChange, Scope, SparseAutoencoder
 
 # Shown a stage of the work, the share of it that is done, in [0, 1], and a note.
 Stages = Callable[[str, float, str], None]
@@ -79,6 +79,9 @@ class Solver(Protocol):
     @property
     def statistic(self) -> Literal["absolute", "relative"]:
         """What the switch decides by."""
+
+    def scope(self, facts: int) -> Scope:
+        """What the switch of a set of so many facts looks at, unless the user says otherwise."""
 
     def near_rate(self, facts: int) -> float:
         """Of other prompts of the kind of so many facts, the share that τ may let switch on."""

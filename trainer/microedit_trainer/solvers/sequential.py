@@ -18,7 +18,7 @@ from microedit_trainer.solvers.fewer_rows import carry_over
 from microedit_trainer.solvers.problem import EditProblem, Solution
 from microedit_trainer.solvers.resume import read_checkpoint, write_checkpoint
 from microedit_trainer.stored_residuals import StoredPrompt
-from microedit_vllm.artifact import DecoderChange
+from microedit_vllm.artifact import DecoderChange, Scope
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 from microedit_vllm.errors import MicroEditError
 
@@ -69,6 +69,10 @@ class SequentialSolver:
         for name in ("alpha", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
+
+    def scope(self, facts: int) -> Scope:
+        """The whole prompt, as the paper."""
+        return Scope(last=None, run=0)
 
     def near_rate(self, facts: int) -> float:
         return 0.05 if self.statistic == "relative" else 0.1
