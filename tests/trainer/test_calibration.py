@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microedit_trainer.calibration import LARGE, NearPrompts, calibrate
+from microedit_trainer.calibration import LARGE, NearPrompts, calibrate, slack_for
 
 NOTHING = torch.empty(0)
 INF = math.inf
@@ -21,9 +21,15 @@ def test_tau_keeps_its_distance_from_the_nearest_ordinary_prompt():
     assert found.fires == {"edited": 1.0, "ordinary": 0.0}
 
 
+@pytest.mark.parametrize(("facts", "wanted"), [(1, 0.97), (100, 0.97), (200, 0.95), (300, 0.93)])
+def test_more_facts_keep_tau_farther_from_ordinary_prompts(facts, wanted):
+    assert slack_for(facts) == pytest.approx(wanted)
+    assert slack_for(10_000) == pytest.approx(0.93)
+
+
 def test_near_prompts_lower_tau_to_just_below_the_first_that_must_stay_off():
     near = torch.tensor([0.9, 0.3, 0.5, 0.7, 0.8, 0.95, 0.99, 1.0, 1.0, 1.0])
-    found = calibrate(torch.tensor([0.1]), torch.tensor([2.0]), {"n": NearPrompts(near, 0.2)})
+    found = calibrate(torch.tensor([0.1]), torch.tensor([2.0]), {"n": NearPrompts(near, 0.2)}, 0.9)
     assert 0.699 < found.tau < 0.7
     assert found.fires["n"] == pytest.approx(0.2)
 
@@ -31,7 +37,7 @@ def test_near_prompts_lower_tau_to_just_below_the_first_that_must_stay_off():
 def test_the_strictest_group_decides():
     loose, strict = NearPrompts(torch.tensor([0.8]), 0.0), NearPrompts(torch.tensor([0.4]), 0.0)
     for groups in ({"a": loose, "b": strict}, {"b": strict, "a": loose}):
-        assert calibrate(torch.ones(1), torch.ones(1), groups).tau == pytest.approx(0.4, rel=1e-5)
+        assert calibrate(torch.ones(1), torch.ones(1), groups, 0.9).tau == pytest.approx(0.4, 1e-5)
 
 
 def test_a_group_that_may_switch_on_altogether_bounds_nothing():
@@ -58,7 +64,7 @@ def test_prompts_without_scored_tokens_leave_finite_figures():
 
 
 def test_tau_stays_positive_where_an_ordinary_prompt_is_reconstructed_exactly():
-    assert calibrate(torch.ones(1), torch.tensor([0.0]), {}).tau > 0
+    assert calibrate(torch.ones(1), torch.tensor([0.0]), {}, 0.9).tau > 0
 
 
 def test_edited_prompts_that_stay_off_show_in_the_margin():
@@ -74,6 +80,6 @@ ARDS = st.lists(st.floats(0.0625, 5.0, width=32) | st.just(INF), min_size=1, max
 @given(ordinary=ARDS, near=ARDS, allowed=st.floats(0.0, 1.0))
 def test_no_group_exceeds_what_it_allows(ordinary, near, allowed):
     group = NearPrompts(torch.tensor(near), allowed)
-    found = calibrate(torch.ones(1), torch.tensor(ordinary), {"n": group})
+    found = calibrate(torch.ones(1), torch.tensor(ordinary), {"n": group}, 0.97)
     assert found.fires["ordinary"] == 0.0
     assert found.fires["n"] <= allowed + 1e-6

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from microedit_trainer.activations import SINK_FACTOR
-from microedit_trainer.calibration import Calibration, NearPrompts, calibrate
+from microedit_trainer.calibration import Calibration, NearPrompts, calibrate, slack_for
 from microedit_trainer.calibration_prompts import CalibrationPrompts, ordinary_lines
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
 from microedit_trainer.device_turns import DeviceTurns
@@ -313,6 +313,7 @@ class EditRun:
             edited=engine.ards_of([prompt for fact in stored for prompt in fact]).cpu(),
             ordinary=ards["ordinary"],
             near={g: NearPrompts(ards[g], near_rate) for g in near if g in ards},
+            slack=slack_for(len(stored)),
             ordinary_rate=0.0 if self.settings.solver.statistic == "relative" else 0.05,
             fixed=self.settings.tau,
         )
