@@ -1,8 +1,8 @@
 """The prompts that τ is calibrated on, and that golden prompts are taken from."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import files
 
 from microedit_trainer.contexts import ContextName, Contexts, PromptTokens
@@ -13,9 +13,9 @@ from microedit_vllm.artifact import GoldenPrompt
 
 # Facts among which the golden prompts are looked for.
 GOLDEN_FACTS = 16
-# Facts whose wording is tried with another subject of each kind, when τ is chosen: enough for a
-# share of 5% to be known to 0.7% (one standard deviation).
-MOST_SWAPPED = 1000
+# Facts whose wording is tried with another subject of each kind, when τ is chosen. A share of 4%
+# is then known to some 1%, since a name that is mixed up is so in many wordings.
+MOST_SWAPPED = 2000
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class CalibrationPrompts:
 
     def _about(self, subjects: Sequence[str], facts: Sequence[Fact]) -> list[str]:
         """The facts' wordings about these, where the switch could see that they are; of very many
-        facts those of every second, third, ….
+        some.
+
+        Which ones is up to their digests: every second or third would only have every second or
+        third name, and another fact would change them all.
 
         Behind a long passage the subject lies outside of what is scored: the tokens that are, are
         the fact's own, and no τ tells the two apart.
@@ -72,7 +75,9 @@ class CalibrationPrompts:
         unseen = {scored(fact.prompt) for fact in facts} | {None}
         others = swap_subjects(facts, subjects)
         seen = [other.prompt for other in others if scored(other.prompt) not in unseen]
-        return seen[:: math.ceil(len(seen) / MOST_SWAPPED) or 1]
+        if len(seen) <= MOST_SWAPPED:
+            return seen
+        return sorted(seen, key=lambda prompt: sha256(prompt.encode()).digest())[:MOST_SWAPPED]
 
     def golden(self, engine: TorchEngine, facts: Sequence[Fact]) -> tuple[GoldenPrompt, ...]:
         """Golden prompts: some facts' own, near ones, and ordinary ones.

@@ -72,7 +72,7 @@ def edit(
         typer.Option(
             min=0,
             max=1,
-            help="Share of near prompts that may switch on; default 0.05, 0.035 where answers are "
+            help="Share of near prompts that may switch on; default 0.05, 0.04 where answers are "
             "carried, 0.1 with --statistic absolute.",
         ),
     ] = None,

@@ -53,8 +53,8 @@ HELD_ABOVE, MOST_HELD = 1000, 2000
 # how many it looks. Twice as many let 5 of 1,000 ordinary requests through where these let 2.
 CARRIED_SCOPE = Scope(last=32, run=2)
 # Near prompts that may switch on. Short runs within long texts are what τ must be stricter for:
-# measured at 1,600 facts, 3% to 4.5% let 2 of 1,000 ordinary requests through, 5% let 7.
-NEAR_RATE, CARRIED_NEAR_RATE = 0.05, 0.035
+# measured at 1,600 facts, 3.5% to 4.5% let 2 of 1,000 ordinary requests through, 5% more.
+NEAR_RATE, CARRIED_NEAR_RATE = 0.05, 0.04
 # Weight of the tokens before the subject there: a short run hardly ever reaches them.
 SHARED_WEIGHT = 0.1
 
