@@ -7,7 +7,7 @@ from typing import Any, Literal
 from benchmarks.quality import recipe
 from benchmarks.quality.records import Chosen
 from microedit_trainer.solvers import JointSolver, SequentialSolver, Solver
-from microedit_vllm.artifact import Scope, SparseAutoencoder
+from microedit_vllm.artifact import SparseAutoencoder
 from microedit_vllm.errors import MicroEditError
 
 
@@ -45,7 +45,6 @@ class Experiment:
 
     def build_settings(self) -> dict[str, Any]:
         """Fields of `EditSettings`; the sequential solver scores the whole prompt, as the paper."""
-        scope = Scope(last=None, run=0)
-        if self.solver == "joint":
-            scope = self._joint.scope(sum(count for _, count in self.facts))
+        solver = self._joint if self.solver == "joint" else SequentialSolver
+        scope = solver.scope(sum(count for _, count in self.facts))
         return {"scope": scope, **recipe.SETTINGS, **self.settings}

@@ -70,7 +70,8 @@ class SequentialSolver:
             if not 0 < getattr(self, name) < math.inf:
                 raise MicroEditError(f"{name} is {getattr(self, name)}; it must be positive")
 
-    def scope(self, facts: int) -> Scope:
+    @staticmethod
+    def scope(facts: int) -> Scope:
         """The whole prompt, as the paper."""
         return Scope(last=None, run=0)
 
