@@ -29,6 +29,7 @@ from benchmarks.quality.tables import (
     paraphrases,
     saes,
     selfcheck,
+    subjects,
 )
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.demo.run import cache_folder
@@ -38,7 +39,8 @@ from microedit_vllm.errors import MicroEditError
 TABLES = {
     table.NAME: table
     for table in (
-        *(main, paraphrases, carrying, contexts, ordinary, selfcheck, budgets, ablations, saes),
+        *(main, paraphrases, subjects, carrying, contexts, ordinary, selfcheck),
+        *(budgets, ablations, saes),
     )
 }
 

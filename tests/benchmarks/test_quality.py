@@ -28,6 +28,7 @@ from benchmarks.quality.tables import (
     paraphrases,
     saes,
     selfcheck,
+    subjects,
 )
 from benchmarks.quality.tables.experiments import main_experiments
 from microedit_trainer.edit_run import EditRun
@@ -252,7 +253,7 @@ def test_tables_are_built_from_their_experiments(lab):
         ["3 ZsRE", "joint", "bare"],
         ["2 ZsRE", "sequential", "bare"],
     ]
-    for table in (main, paraphrases, selfcheck, budgets):
+    for table in (main, paraphrases, subjects, selfcheck, budgets):
         found = table.section(lab, plan)
         assert {len(line) for line in found.lines} == {len(found.header)}
         assert all(image.startswith(b"\x89PNG") for image in found.pictures.values())
@@ -281,6 +282,28 @@ def test_other_questions_are_other_records_wordings():
         ("The capital of telephone is", FACTS[1].target),
     ]
     assert paraphrases._other_questions([Fact("No subject is named here", "x")]) == []
+
+
+def test_facts_that_share_their_subject_are_told_apart():
+    facts = [Fact("a", "x", subject="A"), Fact("b", "y", subject="A"), Fact("c", "z", subject="C")]
+    nameless = [Fact("d", "x"), Fact("e", "y")]
+    found = subjects.by_subjects([*facts, *nameless])
+    assert found == {"one fact": [facts[2], *nameless], "several": facts[:2]}
+    assert subjects.by_subjects(nameless) == {"one fact": nameless}
+
+
+def test_gen_of_both_kinds_of_subjects_makes_up_the_main_tables(lab, monkeypatch):
+    asked = [replace(fact, paraphrases=(fact.prompt,)) for fact in FACTS[:3]]
+    facts = [asked[0], *(replace(fact, subject="Ur") for fact in asked[1:])]
+    monkeypatch.setattr(Records, "split", lambda *_: Split(facts, (), (), ()))
+    own = replace(lab, records=Records(lab.records.folder))
+    experiment = Experiment(zsre(3), settings={"tau": 1e3})
+    alone, shared = subjects._by_subjects(own, experiment).values()
+    assert (alone["facts"], shared["facts"]) == (1, 2)
+    for context in subjects.CONTEXTS:
+        both = (alone[context][0] + 2 * shared[context][0]) / 3
+        assert both == pytest.approx(own.scores(experiment)[context]["gen"])
+        assert alone[context][1] == shared[context][1] == 1.0
 
 
 @pytest.mark.parametrize(("fires", "shown"), [(2, "2 of 1000"), (3, "**3 of 1000** (> 2)")])
