@@ -57,6 +57,18 @@ class PromptTokens:
         return self.prompt_ids[slice(*self.scored)]
 
     @property
+    def identifying_from(self) -> int:
+        """Where the scored tokens begin that tell this fact from others: at its subject.
+
+        Causal attention leaves the tokens before the subject equal in every prompt of the same
+        wording, so that reconstructing them would turn the switch on for all of those. All scored
+        tokens tell the fact where the subject is unknown or nothing scored follows it.
+        """
+        start, stop = self.scored
+        own = max(start, self.subject_start or start)
+        return own if own < stop else start
+
+    @property
     def subject_end(self) -> slice:
         """Positions of the subject's last three tokens, as far as they are scored; none where it is
         unknown.

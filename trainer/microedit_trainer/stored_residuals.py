@@ -47,14 +47,9 @@ class StoredPrompt:
 
     @property
     def identifying(self) -> Tensor:
-        """Scored positions that tell this fact from others: from the subject on: [S] int64.
-
-        Causal attention leaves the tokens before the subject equal in every prompt of the same
-        wording, so that reconstructing them would turn the switch on for all of those. All scored
-        positions where the subject is unknown or nothing scored follows it.
-        """
-        start = self.tokens.subject_start
-        own = self.scored if start is None else self.scored[self.scored >= start]
+        """Scored positions from `PromptTokens.identifying_from` on, or all where these are sinks:
+        [S] int64."""
+        own = self.scored[self.scored >= self.tokens.identifying_from]
         return own if len(own) else self.scored
 
     @property

@@ -150,5 +150,5 @@ def test_large_sets_carry_and_look_at_short_runs():
     assert [solver.near_rate(facts) for facts in (1000, 1001)] == [0.05, 0.04]
     assert JointSolver(carries=True).is_carried(1)
     assert not JointSolver(carries=False).is_carried(10**4)
-    assert "carried" in solver.budgets(2000, 18_432)
-    assert "carried" not in solver.budgets(100, 18_432)
+    assert "carried" in solver.budgets(2000, 10_000, 18_432)
+    assert "carried" not in solver.budgets(100, 10_000, 18_432)

@@ -87,7 +87,7 @@ def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
 )
 def test_each_change_keeps_to_the_budget(problem, solution, sae, per_fact, least, scoring, edit):
     solver = replace(JOINT, rows_per_fact=per_fact, least_rows=least)
-    budgets = solver.budgets(len(problem.facts), sae.num_latents)
+    budgets = solver.budgets(len(problem.facts), 10_000, sae.num_latents)
     assert budgets == {"scoring": scoring, "edit": edit}
     found = solver.solve(problem, no_progress)
     for name, budget in budgets.items():
@@ -195,12 +195,25 @@ def test_kept_targets_serve_another_choice_of_facts(lm, sae, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("num_latents", "rows"), [(4608, 2000), (12_000, 3000), (18_432, 3000)])
 def test_a_narrow_decoder_gives_each_fact_fewer_rows(num_latents, rows):
-    assert JointSolver().budgets(100, num_latents)["edit"] == rows
+    assert JointSolver().budgets(100, 1310, num_latents)["edit"] == rows
 
 
+@pytest.mark.parametrize("tokens_per_fact", [14, 120])
 @pytest.mark.parametrize(("facts", "most"), [(10, 0.12), (100, 0.60)])
-def test_a_set_takes_its_part_of_the_decoder_at_most(facts, most):
-    assert sum(JointSolver().budgets(facts, 4608).values()) <= most * 4608
+def test_a_set_takes_its_part_of_the_decoder_at_most(facts, most, tokens_per_fact):
+    budgets = JointSolver().budgets(facts, tokens_per_fact * facts, 4608)
+    assert sum(budgets.values()) <= most * 4608
+
+
+@pytest.mark.parametrize(
+    ("facts", "identifying", "scoring"),
+    [(10, 132, 250), (100, 1310, 1000), (300, 3912, 2000), (10, 1122, 250), (100, 10_201, 2500)],
+    ids=["10 questions", "100 questions", "300 questions", "10 passages", "100 passages"],
+)
+def test_the_switch_has_more_rows_for_long_prompts(facts, identifying, scoring):
+    assert JointSolver().budgets(facts, identifying, 18_432)["scoring"] == scoring
+    given = JointSolver(rows_per_fact=30).budgets(facts, identifying, 18_432)
+    assert given["scoring"] == max(250, 10 * facts)
 
 
 def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae):

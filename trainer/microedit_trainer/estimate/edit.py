@@ -110,13 +110,18 @@ class EditPlan:
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """Tokens of some prompts, answers included where they have one."""
+    """Tokens of some prompts, answers included where they have one.
+
+    Attributes:
+        edited, scored, identifying: as in `StoredPrompt`.
+    """
 
     prompts: int
     tokens: int
     longest: int
     edited: int
     scored: int
+    identifying: int
 
     @classmethod
     def of(cls, prompts: Sequence[PromptTokens], share: float = 1.0) -> "PromptCounts":
@@ -124,9 +129,10 @@ class PromptCounts:
         lengths = [len(p.prompt_ids) + len(p.answer_ids) for p in prompts]
         edited = sum(len(p.answer_ids) + 1 for p in prompts)
         scored = sum(p.scored[1] - p.scored[0] for p in prompts)
-        counts = (len(prompts), sum(lengths), edited, scored)
-        scaled = [round(count / share) for count in counts]
-        return cls(scaled[0], scaled[1], max(lengths, default=0), scaled[2], scaled[3])
+        identifying = sum(p.scored[1] - p.identifying_from for p in prompts)
+        counts = (len(prompts), sum(lengths), edited, scored, identifying)
+        number, tokens, *parts = [round(count / share) for count in counts]
+        return cls(number, tokens, max(lengths, default=0), *parts)
 
 
 def edit_stages(model: ModelSize, plan: EditPlan, device: str) -> list[Stage]:

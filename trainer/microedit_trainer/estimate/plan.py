@@ -68,7 +68,7 @@ def plan_edit(
         carries=isinstance(solver, JointSolver) and solver.is_carried(len(facts)),
         latents=sae.num_latents,
         k=sae.k,
-        rows=_rows(solver, len(facts), sae.num_latents),
+        rows=_rows(solver, len(facts), own.identifying, sae.num_latents),
         steps=_steps(solver),
     )
 
@@ -80,11 +80,11 @@ def _part(facts: Sequence[Fact]) -> tuple[Sequence[Fact], float]:
     return some, len(some) / len(facts) if facts else 1.0
 
 
-def _rows(solver: object, facts: int, num_latents: int) -> int:
+def _rows(solver: object, facts: int, identifying: int, num_latents: int) -> int:
     """Of the larger change."""
     if not isinstance(solver, JointSolver):
         return 0
-    return max(solver.budgets(facts, num_latents).values())
+    return max(solver.budgets(facts, identifying, num_latents).values())
 
 
 def _steps(solver: object) -> int:

@@ -42,8 +42,12 @@ from microedit_vllm.artifact.edit_set import VALUES_DTYPE
 
 # Measured at T = 100, n = 18,432: Gen with the switch forced on 0.894 with 20, 0.921 with 30.
 ROWS_PER_FACT, FEWER_ROWS_PER_FACT = 30, 20
-# With few facts the switch needs more rows for each than the answers do.
-SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT = 500, 25
+# With few facts, or long prompts, the switch needs more rows than the answers do: for each fact up
+# to `MOST_SCORING_ROWS`, for long prompts one for so many tokens and no more than a part of the
+# decoder. Questions have too few tokens for that to count. Measured on 100 passages about people:
+# with 1,000 rows a third of them switch on, with 3,000 two thirds.
+MOST_SCORING_ROWS, SMALL_SET_SCORING_ROWS = 25, 500
+TOKENS_PER_SCORING_ROW, LONG_SCORING_PART = 4, 7
 
 # In large sets facts' wordings are held about other subjects, so many at most: each is a forward
 # pass. Measured: at 1,600 facts the share of ZsRE's paraphrases that switch on rises from 0.57 to
@@ -80,7 +84,8 @@ class JointSolver:
     Attributes:
         rows_per_fact: decoder rows of the edit change per fact; the scoring change has a third of
             them. None: `ROWS_PER_FACT`, or `FEWER_ROWS_PER_FACT` where the former would take more
-            than a quarter of the decoder; and more to score with in small sets.
+            than a quarter of the decoder; and more to score with in small sets and with long
+            prompts.
         least_rows: rows of each change that a small set may have in any case.
         scoring: the ridge solve of the scoring change, which must not reach other prompts. Its
             high ridge makes what it learns of a fact's tokens hold in other wordings.
@@ -163,17 +168,22 @@ class JointSolver:
         report = {"least_latents": latents}
         return Solution(scoring, edit, "delta", "threshold", self.theta, report, carried)
 
-    def budgets(self, facts: int, num_latents: int) -> dict[str, int]:
-        """Rows that each change may have."""
-        per_fact, small = self.rows_per_fact, 0
+    def budgets(self, facts: int, identifying: int, num_latents: int) -> dict[str, int]:
+        """Rows that each change may have.
+
+        Args:
+            identifying: tokens that tell the facts' prompts, in every context.
+        """
+        per_fact, more = self.rows_per_fact, 0
         if per_fact is None:
             fits = ROWS_PER_FACT * facts <= num_latents // 4
             per_fact = ROWS_PER_FACT if fits else FEWER_ROWS_PER_FACT
-            small = min(SMALL_SET_SCORING_ROWS, SMALL_SET_ROWS_PER_FACT * facts)
+            long = min(identifying // TOKENS_PER_SCORING_ROW, num_latents // LONG_SCORING_PART)
+            more = min(MOST_SCORING_ROWS * facts, max(SMALL_SET_SCORING_ROWS, long))
         rows = max(self.least_rows, per_fact * facts)
         if self.is_carried(facts):
             return {"scoring": num_latents, "carried": num_latents, "edit": rows}
-        return {"scoring": max(self.least_rows, small, per_fact * facts // 3), "edit": rows}
+        return {"scoring": max(self.least_rows, more, per_fact * facts // 3), "edit": rows}
 
     def _all_targets(self, problem: EditProblem, progress: Progress) -> list[Tensor]:
         """δ* of every prompt, in the order of `_prompts`; those solved before are read back."""
@@ -300,7 +310,8 @@ class JointSolver:
         before = KeptSolution(problem.targets_folder, name, origin)
         start = None if is_quick(coded) else before.start(rows, coded.width)
         system = ridge_system(coded, watch)
-        budget = self.budgets(len(problem.facts), problem.sae.num_latents)[name]
+        identifying = sum(len(p.identifying) for p in _prompts(problem))
+        budget = self.budgets(len(problem.facts), identifying, problem.sae.num_latents)[name]
         fits = len(rows) <= budget
         change = system.solve(ridge, start=start, last=fits)
         before.keep(rows, change)
