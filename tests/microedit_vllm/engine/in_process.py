@@ -13,8 +13,8 @@ _started = False
 
 
 @contextmanager
-def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
-    """A `vllm.LLM` whose scheduler lives in this process, and a single worker too."""
+def in_this_process() -> Iterator[None]:
+    """An engine that starts inside the block has its scheduler here, and a single worker too."""
     global _started
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -28,7 +28,6 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
         set_num_threads(1)
         # Seven full collections a start are most of its time in a large test process.
         patch.setattr(gc, "collect", lambda *args: 0)
-        from vllm import LLM
         from vllm.platforms import current_platform
 
         if _started:
@@ -36,8 +35,20 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
             # imported since (llvmlite's).
             name = "register_triton_kernel_overrides"
             patch.setattr(type(current_platform), name, classmethod(lambda cls: None))
-        llm = LLM(str(model), **{"enforce_eager": True, "dtype": "float32", **arguments})
         _started = True
+        try:
+            yield
+        finally:
+            set_num_threads(threads)
+
+
+@contextmanager
+def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
+    """A `vllm.LLM` in this process."""
+    with in_this_process():
+        from vllm import LLM
+
+        llm = LLM(str(model), **{"enforce_eager": True, "dtype": "float32", **arguments})
         try:
             if arguments.get("pipeline_parallel_size", 1) > 1:
                 # The CPU engine makes a later stage's input buffers in a warm-up that it leaves
@@ -46,4 +57,3 @@ def engine_here(model: Path, **arguments: Any) -> Iterator[Any]:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
-            set_num_threads(threads)

@@ -1,6 +1,5 @@
 """Golden prompts of a tiny set against a real engine, right and with faults planted in it."""
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from microedit_vllm.artifact import EditSet, Scope, SparseAutoencoder
 from microedit_vllm.engine.golden_prompts import verification_engine, verify_llm
 from microedit_vllm.errors import MicroEditError
 from tests.microedit_vllm.engine.faults import FAULTS, planted
+from tests.microedit_vllm.engine.in_process import in_this_process
 from tests.tiny_model import tiny_model
 from tests.trainer.tiny_edits import FACTS, JOINT, LAYER, no_progress
 
@@ -48,16 +48,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="module")
 def llm(made) -> Iterator[Any]:
     """In this process, where faults can be planted."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     prompts = made.edit_set.golden_prompts
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with verification_engine(str(made.model), made.folder, None, prompts, "float32") as engine:
-            yield engine
-        del engine
-    cleanup_dist_env_and_memory()
-    gc.collect()
+    with (
+        in_this_process(),
+        verification_engine(str(made.model), made.folder, None, prompts, "float32") as engine,
+    ):
+        yield engine
 
 
 def test_the_prompts_say_something(made):
