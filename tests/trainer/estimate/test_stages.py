@@ -1,8 +1,9 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from microedit_trainer.contexts import PromptTokens
 from microedit_trainer.estimate import (
     EditPlan,
     Machine,
@@ -14,7 +15,7 @@ from microedit_trainer.estimate import (
     sae_seconds,
     sae_stages,
 )
-from microedit_trainer.estimate.edit import ridge_bytes
+from microedit_trainer.estimate.edit import PromptCounts, ridge_bytes
 from microedit_trainer.sae import SaeSettings
 from microedit_trainer.solvers.dense_systems import RowSystem, TokenSystem
 from microedit_trainer.solvers.ridge import DENSE_BYTES
@@ -198,3 +199,11 @@ def test_the_rows_of_the_sequential_solver_are_bounded_by_the_sae(llama3_8b):
     small = replace(plan(joint=False, facts=1), tokens=10)
     assert small.changed_rows() == 1920
     assert plan(joint=False, facts=1000).changed_rows() == 131_072
+
+
+def test_tokens_of_a_part_of_the_prompts_are_counted_for_all():
+    named = PromptTokens((0,) * 10, (1, 2), 3, (1, 9), subject_start=4, subject_stop=6)
+    nameless = PromptTokens((0,) * 6, (1,), 3, (1, 5))
+    found = PromptCounts.of([named, nameless], share=0.5)
+    expected = {"prompts": 4, "tokens": 38, "longest": 12, "edited": 10}
+    assert asdict(found) == {**expected, "scored": 24, "identifying": 18}
