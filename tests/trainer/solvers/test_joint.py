@@ -12,6 +12,7 @@ from microedit_trainer.solvers.sparse_codes import dense_codes
 from microedit_trainer.solvers.targets import solve_targets
 from microedit_trainer.stored_residuals import predictions
 from microedit_vllm.artifact import DecoderChange
+from microedit_vllm.errors import MicroEditError
 from tests.trainer.tiny_edits import (
     FACTS,
     JOINT,
@@ -69,6 +70,31 @@ def test_the_solution_says_how_it_is_served(problem, solution, sae):
     assert solution.report["least_latents"] == active
     assert active >= min(8 * sae.k - 1, int((pre > 0).sum(1).min()))
     assert solution.theta >= 0
+
+
+@pytest.mark.parametrize("placement", ["delta", "replace"])
+def test_the_top_k_alone_can_answer(lm, sae, problem, placement):
+    """As far as k latents can: ẑ with its change is the residual that the targets ask for."""
+    solver = replace(JOINT, theta=None, placement=placement)
+    solution = solver.solve(problem, no_progress)
+    assert (solution.placement, solution.activation) == (placement, "topk")
+    operator, prompts = operator_of(solution, sae), joint._prompts(problem)
+    own = torch.cat([p.z[p.edited] for p in prompts])
+    wanted = own.float() + torch.cat(solver._all_targets(problem, no_progress))
+    before = own.float() if placement == "delta" else sae.decode(*sae.encode(own))
+    left = (operator.edited(own) - wanted).square().sum() / (before - wanted).square().sum()
+    assert left < 0.1
+    # What is decoded is served: z itself stays where z + δ is served, and goes where ẑ is.
+    decoded = operator.reconstruct(*sae.encode(own), operator.edit_rows, operator.edit)
+    placed = own.float() if placement == "delta" else decoded[0]
+    assert torch.equal(operator.edited(own), placed + decoded[1])
+
+
+@pytest.mark.parametrize("other", [{"theta": 0.0}, {"theta": None, "carries": True}])
+def test_a_replaced_stream_has_no_place_for_more(other):
+    with pytest.raises(MicroEditError, match="leave theta and carries out"):
+        JointSolver(placement="replace", **other)
+    assert not JointSolver(placement="replace", theta=None).is_carried(10**4)
 
 
 def test_rows_are_those_that_the_facts_activate(problem, solution, sae):
@@ -260,6 +286,7 @@ def test_wordings_about_other_subjects_are_wanted_in_large_sets_so_many_at_most(
     wanted = [JointSolver().swapped_wordings(facts) for facts in (1000, 1001, 10**4)]
     assert wanted == [0, 1001, 2000]
     assert JointSolver(swapped_weight=0).swapped_wordings(10**4) == 0
+    assert JointSolver(swapped_weight=1).swapped_wordings(10) == 10
 
 
 def test_an_earlier_solution_is_a_start_and_leaves_no_trace(lm, sae, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ from microedit_trainer.solvers.targets import TargetSettings
 from microedit_trainer.stored_residuals import StoredPrompt
 from microedit_vllm.artifact import DecoderChange, Scope, SparseAutoencoder
 from microedit_vllm.artifact.edit_set import VALUES_DTYPE
+from microedit_vllm.errors import MicroEditError
 
 # Measured at T = 100, n = 18,432: Gen with the switch forced on 0.894 with 20, 0.921 with 30.
 ROWS_PER_FACT, FEWER_ROWS_PER_FACT = 30, 20
@@ -52,7 +53,7 @@ TOKENS_PER_SCORING_ROW, LONG_SCORING_PART = 4, 7
 # In large sets facts' wordings are held about other subjects, so many at most: each is a forward
 # pass. Measured: at 1,600 facts the share of ZsRE's paraphrases that switch on rises from 0.57 to
 # 0.70 where 10% of the near prompts do; at 300 it stays (ordinary prompts bound τ there).
-HELD_ABOVE, MOST_HELD = 1000, 2000
+HELD_ABOVE, MOST_HELD, SWAPPED_WEIGHT = 1000, 2000, 10.0
 # Where the subject's tokens alone are reconstructed: how many the switch takes together, and among
 # how many it looks. Twice as many let 5 of 1,000 ordinary requests through where these let 2.
 CARRIED_SCOPE = Scope(last=32, run=2)
@@ -98,12 +99,16 @@ class JointSolver:
             answers paraphrases which end in other words, and whatever else is asked about the
             subject too. None: in sets of more than `HELD_ABOVE` facts, which leave the last
             token's residual too little room to tell them apart.
-        theta: θ, the pre-activation above which a latent counts in the edit change.
+        theta: θ, the pre-activation above which a latent counts in the edit change; None: the
+            latents that count are the top k.
+        placement: what takes the place of z where the switch is on: z + δ, or as in the paper
+            ẑ, whose latents are the top k.
         mentions_weight: weight, in the scoring and the carried change, of the subjects in other
             texts; 0 does without, which saves their forward passes. What stands before a subject
             moves its residuals: at 1,600 facts Gen is 0.64 without them.
-        swapped_weight: weight of the facts' wordings about other subjects in the scoring change of
-            a large set; 0 does without, which saves their forward passes.
+        swapped_weight: weight of the facts' wordings about other subjects in the scoring change;
+            0 does without, which saves their forward passes. None: `SWAPPED_WEIGHT` in sets of more
+            than `HELD_ABOVE` facts, else 0.
         reworded_weight: weight of the facts' prompts in other words in the edit change; 0 does
             without, which saves their forward passes.
     """
@@ -115,12 +120,21 @@ class JointSolver:
     subject_scoring: RidgeSettings = RidgeSettings(ridge=2e-2, unchanged_weight=1.0)
     carried: RidgeSettings = RidgeSettings(ridge=1e-2, unchanged_weight=0.3)
     carries: bool | None = None
-    theta: float = 0.0
+    theta: float | None = 0.0
+    placement: Literal["delta", "replace"] = "delta"
     mentions_weight: float = 1.0
-    swapped_weight: float = 10.0
+    swapped_weight: float | None = None
     reworded_weight: float = 0.5
     targets: TargetSettings = field(default_factory=TargetSettings)
     name: Literal["joint"] = "joint"
+
+    def __post_init__(self) -> None:
+        """Raises MicroEditError: a replaced residual stream with what it has no place for."""
+        if self.placement == "replace" and (self.theta is not None or self.carries):
+            raise MicroEditError(
+                "placement 'replace' decodes the top k alone and carries nothing; "
+                "leave theta and carries out (None)"
+            )
 
     @property
     def statistic(self) -> Literal["relative"]:
@@ -144,11 +158,17 @@ class JointSolver:
         return self.mentions_weight > 0 and self.is_carried(facts)
 
     def swapped_wordings(self, facts: int) -> int:
-        wanted = self.swapped_weight > 0 and facts > HELD_ABOVE
-        return min(facts, MOST_HELD) if wanted else 0
+        return min(facts, MOST_HELD) if self._swapped_weight(facts) > 0 else 0
+
+    def _swapped_weight(self, facts: int) -> float:
+        if self.swapped_weight is not None:
+            return self.swapped_weight
+        return SWAPPED_WEIGHT if facts > HELD_ABOVE else 0.0
 
     def is_carried(self, facts: int) -> bool:
         """Whether a set of so many facts has a carried change."""
+        if self.placement == "replace":
+            return False
         return facts > HELD_ABOVE if self.carries is None else self.carries
 
     def scope(self, facts: int) -> Scope:
@@ -166,7 +186,10 @@ class JointSolver:
             carried, deltas = self._carried_change(problem, scoring, deltas)
         edit, latents = self._edit_change(problem, deltas)
         report = {"least_latents": latents}
-        return Solution(scoring, edit, "delta", "threshold", self.theta, report, carried)
+        activation: Literal["topk", "threshold"] = "topk" if self.theta is None else "threshold"
+        return Solution(
+            scoring, edit, self.placement, activation, self.theta, report, carried=carried
+        )
 
     def budgets(self, facts: int, identifying: int, num_latents: int) -> dict[str, int]:
         """Rows that each change may have.
@@ -224,7 +247,7 @@ class JointSolver:
         ]
         if problem.swapped:
             held = torch.cat([p.z[p.identifying] for p in problem.swapped])
-            terms.append(Term(held, None, self.swapped_weight))
+            terms.append(Term(held, None, self._swapped_weight(len(problem.facts))))
         if any(problem.mentions):
             named = torch.cat([z for mentions in problem.mentions for z in mentions])
             terms.append(Term(named, _unexplained(sae, named), self.mentions_weight))
@@ -266,10 +289,15 @@ class JointSolver:
         own = torch.cat([p.z[p.edited] for p in _prompts(problem)])
 
         def encode(part: Tensor) -> Tensor:
+            if self.theta is None:
+                return dense_codes(*sae.encode(part), sae.num_latents)
             return threshold_acts(pre_acts(part, sae.W_enc, sae.b_enc, sae.b_dec), self.theta)
 
+        def wanted(z: Tensor, delta: Tensor) -> Tensor:
+            return delta if self.placement == "delta" else delta + _unexplained(sae, z)
+
         terms = [
-            Term(own, torch.cat(list(deltas)), 1.0),
+            Term(own, wanted(own, torch.cat(list(deltas))), 1.0),
             Term(problem.ordinary, None, self.edit.unchanged_weight),
         ]
         if problem.reworded:
@@ -279,9 +307,8 @@ class JointSolver:
                 delta[:1].expand(len(z), -1)
                 for z, delta in zip(problem.reworded, deltas, strict=True)
             ]
-            terms.append(
-                Term(torch.cat(list(problem.reworded)), torch.cat(first), self.reworded_weight)
-            )
+            others = torch.cat(list(problem.reworded))
+            terms.append(Term(others, wanted(others, torch.cat(first)), self.reworded_weight))
         return self._solve(problem, "edit", self.edit, encode, terms)
 
     def _solve(
