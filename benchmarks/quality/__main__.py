@@ -24,6 +24,7 @@ from benchmarks.quality.tables import (
     budgets,
     carrying,
     contexts,
+    decisions,
     main,
     ordinary,
     paraphrases,
@@ -40,7 +41,7 @@ TABLES = {
     table.NAME: table
     for table in (
         *(main, paraphrases, subjects, carrying, contexts, ordinary, selfcheck),
-        *(budgets, ablations, saes),
+        *(budgets, ablations, decisions, saes),
     )
 }
 

@@ -102,17 +102,21 @@ class Lab:
         out = self.work / "sets" / digest(self.described(experiment))
         if out.exists():
             return EditSet.load(out)
-        folder, split = self.sae_folder(experiment), self.split(experiment)
+        run, edited = self.run(experiment), self.split(experiment).edited
+        with counting(self.console, "editing", run.units(edited)) as progress:
+            return run.edit(edited, out, progress)
+
+    def run(self, experiment: Experiment) -> EditRun:
+        """What makes the experiment's set."""
+        folder = self.sae_folder(experiment)
         sae = SparseAutoencoder.load(folder)
         settings = EditSettings(
             solver=experiment.build_solver(sae),
-            hold_out=split.hold_out,
+            hold_out=self.split(experiment).hold_out,
             targets=None if experiment.timed else self.work / "targets",
             **experiment.build_settings(),
         )
-        run = EditRun(self.lm, sae, folder, settings)
-        with counting(self.console, "editing", run.units(split.edited)) as progress:
-            return run.edit(split.edited, out, progress)
+        return EditRun(self.lm, sae, folder, settings)
 
     def engine(self, experiment: Experiment) -> TorchEngine:
         """The experiment's set in plain torch."""

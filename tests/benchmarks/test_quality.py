@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from benchmarks.quality.tables import (
     budgets,
     carrying,
     contexts,
+    decisions,
     main,
     ordinary,
     paraphrases,
@@ -88,6 +90,11 @@ def records(tmp_path_factory) -> Records:
         (folder / f"mzsre_{code}_dev.jsonl").write_text("\n".join(map(json.dumps, both)))
     (folder / "wikitext2_valid.txt").write_text("A passage about a town. " * 20)
     return Records(folder)
+
+
+def no_traffic(lab, experiment) -> dict:
+    """A request in place of a thousand."""
+    return {"one": [lab.contexts(experiment).render("bare", "What is it that a king does?")]}
 
 
 def prompts(facts) -> set[str]:
@@ -236,7 +243,7 @@ def test_a_row_is_measured_once_and_again_when_something_changed(lab, monkeypatc
     assert list((lab.work / "targets").glob("*.safetensors"))
 
 
-def test_tables_are_built_from_their_experiments(lab):
+def test_tables_are_built_from_their_experiments(lab, monkeypatch):
     plan = replace(
         QUICK,
         some=zsre(2),
@@ -253,7 +260,9 @@ def test_tables_are_built_from_their_experiments(lab):
         ["3 ZsRE", "joint", "bare"],
         ["2 ZsRE", "sequential", "bare"],
     ]
-    for table in (main, paraphrases, subjects, selfcheck, budgets):
+    monkeypatch.setattr(decisions, "traffic", no_traffic)
+    monkeypatch.setattr(decisions, "STATISTICS", {"one": decisions.gain})
+    for table in (main, paraphrases, subjects, selfcheck, budgets, decisions):
         found = table.section(lab, plan)
         assert {len(line) for line in found.lines} == {len(found.header)}
         assert all(image.startswith(b"\x89PNG") for image in found.pictures.values())
@@ -317,6 +326,47 @@ def test_ordinary_traffic_has_a_row_for_each_size(lab, monkeypatch, fires, shown
     ]
     expected = [shown, "0.05% to 0.73%", "0.970", "0.900", f"{fires} of 75 code"]
     assert all(line[2:] == expected for line in table.lines)
+
+
+def test_the_shipped_statistic_decides_as_the_set_does(lab, monkeypatch):
+    monkeypatch.setattr(decisions, "traffic", no_traffic)
+    experiment = Experiment(zsre(3))
+    own = lab.scores(experiment)
+    found = decisions.decided(lab, experiment, decisions.relative)
+    assert found["tau"] == pytest.approx(own["tau"], rel=1e-5)
+    assert found["bare"] == pytest.approx(own["bare"]) and found["chat"] == own["chat"]
+    other = decisions.decided(lab, experiment, decisions.absolute)
+    assert other["tau"] != pytest.approx(own["tau"], rel=1e-2)
+
+
+def test_statistics_of_a_run():
+    dist, dist0 = torch.tensor([[1.0, 4.0], [2.0, 2.0]]), torch.tensor([[2.0, 16.0], [2.0, 2.0]])
+    found = {
+        statistic: statistic(dist, dist0, 10.0).tolist()
+        for statistic in decisions.STATISTICS.values()
+    }
+    expected = {
+        decisions.relative: [5 / 18, 1.0],
+        decisions.absolute: [0.25, 0.2],
+        decisions.gain: [1 - 0.65, 1.0],
+        decisions.mean_ratio: [0.375, 1.0],
+        decisions.geometric_ratio: [0.125**0.5, 1.0],
+        decisions.worst_ratio: [0.5, 1.0],
+    }
+    assert found == {statistic: pytest.approx(want) for statistic, want in expected.items()}
+
+
+@pytest.mark.parametrize("name", decisions.STATISTICS)
+def test_the_smallest_run_decides(lab, name):
+    statistic = decisions.STATISTICS[name]
+    experiment = Experiment(zsre(2), settings={"scope": Scope(run=2)})
+    operator = decisions.DecidingOperator.of(lab.engine(experiment).operator, statistic)
+    dist, dist0 = torch.tensor([9.0, 1.0, 2.0, 9.0]), torch.tensor([10.0, 4.0, 4.0, 10.0])
+    own = statistic(dist[None, 1:3], dist0[None, 1:3], operator.alpha)
+    assert operator.ard(dist, dist0) == own
+    assert operator.ard(dist[:1], dist0[:1]) == torch.inf
+    assert operator.ard(dist[1:3], dist0[1:3]) == own
+    assert operator.with_tau(0.5).is_on(torch.tensor([0.4, 0.6])).tolist() == [True, False]
 
 
 def test_contexts_and_variations_are_built_too(lab, monkeypatch):

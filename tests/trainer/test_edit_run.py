@@ -87,7 +87,7 @@ def test_ordinary_prompts_stay_off(made):
     name, out = made
     scores = EditSet.load(out).manifest.scores
     calibration = scores["calibration"]
-    # The paper's solver tolerates a few; see EditRun._calibrate.
+    # The paper's solver tolerates a few; see EditRun.calibrate.
     assert calibration["fires"]["ordinary"] <= (0.0 if name == "joint" else 0.05)
     assert calibration["prompts"]["ordinary"] == 2 * len(ordinary_lines()[1::2])
     if name == "joint":

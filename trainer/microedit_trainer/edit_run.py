@@ -126,6 +126,12 @@ class EditRun:
         shutil.rmtree(work, ignore_errors=True)
         return edit_set
 
+    def calibrate(self, engine: TorchEngine, facts: Sequence[Fact]) -> Calibration:
+        """τ for an engine with a set of these facts, as `edit` chooses it."""
+        stored = engine.store.of([prompt for fact in facts for prompt in self._render(fact)])
+        prompts = self.calibration_prompts.by_group(facts)
+        return self._calibrate(engine, stored, len(facts), prompts)
+
     def units(self, facts: Sequence[Fact]) -> int:
         """How far `progress` counts for these facts."""
         return len(facts) * self.settings.solver.units_per_fact(len(self.context_names))
@@ -225,7 +231,8 @@ class EditRun:
                 self._residuals.of(group)
         with self.turns.solving() as sae:
             scoring = replace(engine, operator=EditOperator.build(draft, sae))
-            calibration = self._calibrate(scoring, stored, prompts)
+            own = [prompt for fact in stored for prompt in fact]
+            calibration = self._calibrate(scoring, own, len(facts), prompts)
             draft = replace(draft, manifest=_with_tau(draft.manifest, calibration))
             scoring = replace(engine, operator=EditOperator.build(draft, sae))
             stages("scores", 0.4, f"{len(facts)} facts")
@@ -303,17 +310,18 @@ class EditRun:
     def _calibrate(
         self,
         engine: TorchEngine,
-        stored: Sequence[list[StoredPrompt]],
+        edited: Sequence[StoredPrompt],
+        facts: int,
         prompts: dict[str, list[PromptTokens]],
     ) -> Calibration:
         ards = {group: engine.ards(of_group).cpu() for group, of_group in prompts.items()}
-        near, near_rate = ("held_out", "swapped", "invented"), self.near_rate(len(stored))
+        near, near_rate = ("held_out", "swapped", "invented"), self.near_rate(facts)
         # Absolute ARD spreads over ordinary prompts, so that τ cannot stay below all of them.
         return calibrate(
-            edited=engine.ards_of([prompt for fact in stored for prompt in fact]).cpu(),
+            edited=engine.ards_of(edited).cpu(),
             ordinary=ards["ordinary"],
             near={g: NearPrompts(ards[g], near_rate) for g in near if g in ards},
-            slack=slack_for(len(stored)),
+            slack=slack_for(facts),
             ordinary_rate=0.0 if self.settings.solver.statistic == "relative" else 0.05,
             fixed=self.settings.tau,
         )

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from benchmarks.ordinary import count_fires, nq_questions, ordinary_prompts
+from benchmarks.ordinary import Traffic, count_fires, nq_questions, ordinary_prompts
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.lab import Lab
 from benchmarks.quality.page import Section
@@ -45,11 +45,16 @@ def section(lab: Lab, plan: Plan) -> Section:
     return Section(NAME, "Ordinary traffic", TEXT, HEADER, lines)
 
 
-def _count(lab: Lab, experiment: Experiment) -> Figures:
-    engine, zsre = lab.engine(experiment), lab.records.zsre
+def traffic(lab: Lab, experiment: Experiment) -> Traffic:
+    """The requests, none of them about what the experiment edits."""
+    zsre = lab.records.zsre
     # The questions of the others may be in the SAE's text.
     questions = nq_questions([*zsre[: HOLD_OUT.start], *zsre[HOLD_OUT.stop :]])
     edited = lab.split(experiment).edited
-    traffic = ordinary_prompts(lab.contexts(experiment), lab.records.text, questions, edited)
+    return ordinary_prompts(lab.contexts(experiment), lab.records.text, questions, edited)
+
+
+def _count(lab: Lab, experiment: Experiment) -> Figures:
+    engine = lab.engine(experiment)
     tau = engine.operator.edit_set.manifest.decision.tau
-    return {**count_fires(engine, traffic), "tau": tau}
+    return {**count_fires(engine, traffic(lab, experiment)), "tau": tau}
