@@ -376,14 +376,15 @@ def test_contexts_and_variations_are_built_too(lab, monkeypatch):
     monkeypatch.setattr(contexts, "SCOPES", contexts.SCOPES[:1])
     monkeypatch.setattr(ablations, "SOLVER", {"one": {"theta": 2.0}})
     monkeypatch.setattr(ablations, "SETTINGS", {"two": {"contexts": ("bare",)}})
-    plan = replace(QUICK, some=zsre(2), ablated=(zsre(2),))
+    monkeypatch.setattr(ablations, "AMONG_MORE", ("one",))
+    plan = replace(QUICK, some=zsre(2), ablated=(zsre(2), zsre(3)))
     found = contexts.section(lab, plan)
     assert found.header[3::2] == ["window:16 in last:64", "window:8 in last:64"]
     assert {line[0] for line in found.lines} >= {bar.case for bar in BARS[:1] + BARS[2:]}
     assert {len(line) for line in found.lines} == {len(found.header)}
     assert contexts.section(lab, plan) == found
     found = ablations.section(lab, plan)
-    assert [line[1] for line in found.lines] == ["as shipped", "one", "two"]
+    assert [line[1] for line in found.lines] == ["as shipped", "one", "two", "as shipped", "one"]
     assert {len(line) for line in found.lines} == {len(found.header)}
 
 
@@ -402,7 +403,10 @@ def test_what_carries_is_varied_on_the_largest_set_and_its_sae(lab, monkeypatch)
     figures = {"bare": scores, "chat": scores, "tau": 0.9, "rows": [1, 2], "share_of_decoder": 0.1}
     monkeypatch.setattr(Lab, "scores", lambda self, experiment: figures)
     found = carrying.section(lab, QUICK)
-    assert [line[1] for line in found.lines] == ["as shipped", *varied]
+    assert [line[1] for line in found.lines] == ["not carried", "carried", "as shipped", *varied]
+    without, carried = (e.build_solver(sae) for e in carrying.between(FULL).values())
+    assert (without.is_carried(1000), carried.is_carried(1000)) == (False, True)
+    assert replace(without, carries=True) == carried
     assert {len(line) for line in found.lines} == {len(found.header)}
 
 
@@ -411,9 +415,8 @@ def test_every_variation_changes_something_and_can_be_solved():
     for plan in (FULL, QUICK):
         shipped = ablations.experiments(plan, plan.ablated[0])["as shipped"]
         assert shipped == main_experiments(plan)["some"]
-        varied = ablations.experiments(plan, plan.ablated[0]) | saes.experiments(
-            plan, plan.ablated[0]
-        )
+        varied = ablations.experiments(plan, plan.ablated[0]) | saes.experiments(plan, plan.some)
+        assert set(ablations.experiments(plan, plan.ablated[1])) < set(varied)
         for name, found in varied.items():
             found.build_solver(sae)
             if name != "as shipped":

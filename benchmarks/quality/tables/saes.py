@@ -25,9 +25,7 @@ SAES: Variations = {
 
 def section(lab: Lab, plan: Plan) -> Section:
     """Build it."""
-    lines = [
-        line for facts in plan.ablated for line in measured(lab, facts, experiments(plan, facts))
-    ]
+    lines = measured(lab, plan.some, experiments(plan, plan.some))
     return Section(NAME, "SAEs", TEXT, HEADER, lines)
 
 
