@@ -11,6 +11,7 @@ from microedit_trainer.calibration_prompts import ordinary_lines
 from microedit_trainer.edit_run import EditRun
 from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.facts import Fact, prompt_digest
+from microedit_trainer.model_wordings import FILE, ModelWordings
 from microedit_trainer.solvers import JointSolver, executors, sequential
 from microedit_vllm.artifact import (
     EditOperator,
@@ -354,6 +355,28 @@ def test_a_carrying_set_has_seen_its_subjects_in_other_texts(run_of, tmp_path, m
         run = run_of(solver=replace(JOINT, carries=carries), contexts=("bare",))
         run.edit(FACTS[:2], tmp_path / str(carries), no_progress)
     assert seen == [[2, 2], []]
+
+
+def test_the_models_wordings_are_trained_and_kept(run_of, tmp_path, monkeypatch):
+    said = "By whom was the Iliad of all poems written?"
+    monkeypatch.setattr(ModelWordings, "_generated", lambda self, text, beams: [said])
+    problems = []
+    solve = JointSolver.solve
+
+    def watched(self, problem, progress):
+        problems.append(problem)
+        return solve(self, problem, progress)
+
+    monkeypatch.setattr(JointSolver, "solve", watched)
+    stages = set()
+    run = run_of(solver=replace(JOINT, model_wordings=2), targets=tmp_path / "targets")
+    made = run.edit(FACTS, tmp_path / "set", no_progress, lambda name, *_: stages.add(name))
+    wanted = [run.contexts.render(name, said, subject="Iliad") for name in run.context_names]
+    assert [p.tokens for p in problems[0].worded] == wanted
+    assert [len(z) for z in problems[0].reworded] == [2, 2, 2, 4] * 2
+    assert made.manifest.hyperparameters["model_wordings"] == 2
+    assert stages >= {"wording", "wordings"}
+    assert (tmp_path / "targets" / FILE).is_file()
 
 
 def test_a_held_out_record_that_is_too_long_ends_the_run_before_its_work(run_of, tmp_path):

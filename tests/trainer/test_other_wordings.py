@@ -6,6 +6,7 @@ import torch
 from microedit_trainer import other_wordings
 from microedit_trainer.contexts import Contexts
 from microedit_trainer.facts import Fact
+from microedit_trainer.model_wordings import ModelWordings
 from microedit_trainer.other_wordings import OtherWordings
 from microedit_trainer.residual_store import ResidualStore
 from microedit_trainer.solvers.problem import no_stages
@@ -18,7 +19,7 @@ def others(lm, sae, monkeypatch) -> OtherWordings:
     monkeypatch.setattr(other_wordings, "other_subjects", lambda: ["Peru", "Bach"])
     contexts = Contexts.build(lm.tokenizer, Scope(), lm.max_length)
     store = ResidualStore(lm, LAYER, sae.report["max_norm"])
-    return OtherWordings(contexts, ("bare", "chat"), store, no_stages)
+    return OtherWordings(lm, contexts, ("bare", "chat"), store, no_stages)
 
 
 def tokens_of(others: OtherWordings, *prompts: tuple[str, str]) -> torch.Tensor:
@@ -61,10 +62,30 @@ def test_nothing_is_run_where_nothing_is_wanted(others):
 
 
 def test_every_rewording_of_a_prompt_has_its_residual(others):
-    found = others.reworded(FACTS[:1] + FACTS[3:])
+    facts = FACTS[:1] + FACTS[3:]
+    found = others.reworded(facts, [(), ()])
     assert [len(z) for z in found] == [2, 3, 2, 3]  # a beginning and a question, bare and in chat
     asked = others.contexts.render("chat", "As you know, The capital of Australia is")
     torch.testing.assert_close(found[2][0], others.store.of([asked])[0].z[asked.edit_from])
+    more = others.reworded(facts, [("Oz", "Ur"), ()])
+    assert [len(z) for z in more] == [4, 3, 4, 3]
+    asked = others.contexts.render("bare", "Ur")
+    torch.testing.assert_close(more[0][3], others.store.of([asked])[0].z[asked.edit_from])
+
+
+def test_the_models_wordings_are_told_from_their_subject_on(others):
+    said = "As you know, by whom was the Iliad written?"
+    found = identifying(others.worded(FACTS[2:], [(), (said,)]))
+    assert torch.equal(found, tokens_of(others, (said, "Iliad")))
+    assert others.worded(FACTS[:1], [()]) == []
+
+
+def test_the_model_words_only_where_it_shall(others, tmp_path, monkeypatch):
+    assert others.wordings(FACTS, 0, tmp_path) == [()] * len(FACTS)
+    monkeypatch.setattr(
+        ModelWordings, "_generated", lambda self, text, beams: ["Who wrote the Iliad?"]
+    )
+    assert others.wordings(FACTS, 2, tmp_path) == [(), (), (), ("Who wrote the Iliad?",)]
 
 
 def test_every_subject_is_named_in_other_texts(others):
@@ -91,10 +112,10 @@ def test_wordings_that_the_model_has_no_room_for_are_left_out(others):
     fact = Fact(f"{'x' * (room - 40)} Oz is", "x", "Oz")  # fits, bare
     long = replace(others, names=("bare",))
     assert long.contexts.render("bare", fact.prompt)
-    assert [len(z) for z in long.reworded([fact, FACTS[0]])] == [2, 2]
+    assert [len(z) for z in long.reworded([fact, FACTS[0]], [(), ()])] == [2, 2]
     fact = replace(fact, prompt="x" * (room - len(fact.prompt) - 2) + fact.prompt)
     assert long.contexts.render("bare", fact.prompt)
-    assert long.reworded([fact]) == []
-    assert [len(z) for z in long.reworded([fact, FACTS[0]])] == [0, 2]
+    assert long.reworded([fact], [()]) == []
+    assert [len(z) for z in long.reworded([fact, FACTS[0]], [(), ()])] == [0, 2]
     assert len(long.mentions([fact])[0]) == 2
     assert long.swapped([fact], 10) == []  # Peru is longer than Oz

@@ -93,8 +93,10 @@ class EditRun:
         work = out.absolute().with_name(f".{out.name}-work")
         open_work_folder(work, self._run_description(facts))
         stored, ordinary = self._stored(prompts, stages), self._ordinary_tokens()
-        others = OtherWordings(self.contexts, self.context_names, self._residuals, stages)
-        reworded = others.reworded(facts) if solver.uses_rewordings else []
+        others = OtherWordings(self.lm, self.contexts, self.context_names, self._residuals, stages)
+        wordings = others.wordings(facts, solver.model_wordings, self.settings.targets or work)
+        worded = others.worded(facts, wordings)
+        reworded = others.reworded(facts, wordings) if solver.uses_rewordings else []
         mentions = others.mentions(facts) if solver.uses_mentions(len(facts)) else []
         swapped = others.swapped(facts, solver.swapped_wordings(len(facts)))
         with self.turns.solving() as sae:
@@ -104,6 +106,7 @@ class EditRun:
                 layer=self.layer,
                 facts=stored,
                 reworded=reworded,
+                worded=worded,
                 mentions=mentions,
                 ordinary=ordinary,
                 swapped=swapped,
@@ -119,7 +122,7 @@ class EditRun:
         draft = self._draft(facts, solution, _golden_z(stored, ordinary), out)
         own = [[prompt.to("cpu") for prompt in fact] for fact in stored]
         # Gigabytes of many facts, which would lie on the device beside the model.
-        del problem, stored, reworded, mentions, swapped
+        del problem, stored, reworded, worded, mentions, swapped
         seconds = time.monotonic() - started
         edit_set = self._finish(facts, own, draft, solution, calibrating, seconds, stages)
         edit_set.save(out)

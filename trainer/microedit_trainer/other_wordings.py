@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from microedit_trainer.contexts import (
     rewordings,
 )
 from microedit_trainer.facts import Fact, swap_subjects
+from microedit_trainer.language_model import LanguageModel
+from microedit_trainer.model_wordings import ModelWordings
 from microedit_trainer.residual_store import ResidualStore
 from microedit_trainer.solvers.problem import Stages
 from microedit_trainer.stored_residuals import StoredPrompt
@@ -29,17 +32,32 @@ class OtherWordings:
     stages: shown how far the layers below are.
     """
 
+    lm: LanguageModel
     contexts: Contexts
     names: Sequence[ContextName]
     store: ResidualStore
     stages: Stages
 
-    def reworded(self, facts: Sequence[Fact]) -> list[Tensor]:
-        """z of each prompt in other words, as in `EditProblem.reworded`."""
+    def wordings(self, facts: Sequence[Fact], most: int, folder: Path) -> list[tuple[str, ...]]:
+        """The model's own of each fact's question, so many at most, kept in a folder."""
+        if not most:
+            return [()] * len(facts)
+
+        def shown(done: int, total: int) -> None:
+            self.stages("wording", done / total, f"{total} facts")
+
+        return ModelWordings(self.lm, folder).of(facts, most, shown)
+
+    def reworded(self, facts: Sequence[Fact], wordings: Sequence[tuple[str, ...]]) -> list[Tensor]:
+        """z of each prompt in other words, as in `EditProblem.reworded`.
+
+        Args:
+            wordings: further ones of each fact.
+        """
         rendered = [
-            self.contexts.fitting(name, rewordings(fact.prompt))
+            self.contexts.fitting(name, (*rewordings(fact.prompt), *further))
             for name in self.names
-            for fact in facts
+            for fact, further in zip(facts, wordings, strict=True)
         ]
         flat = [prompt for others in rendered for prompt in others]
         if not flat:
@@ -50,6 +68,22 @@ class OtherWordings:
 
         found = self.store.decisions_of(flat, shown)
         return list(found.split([len(others) for others in rendered]))
+
+    def worded(
+        self, facts: Sequence[Fact], wordings: Sequence[tuple[str, ...]]
+    ) -> list[StoredPrompt]:
+        """As in `EditProblem.worded`."""
+        rendered = [
+            prompt
+            for name in self.names
+            for fact, own in zip(facts, wordings, strict=True)
+            for prompt in self.contexts.fitting(name, own, fact.subject)
+        ]
+
+        def shown(done: int, total: int) -> None:
+            self.stages("wordings", done / total, f"{total} prompts")
+
+        return self.store.of(rendered, shown) if rendered else []
 
     def mentions(self, facts: Sequence[Fact]) -> list[list[Tensor]]:
         """z of each fact's subject in other texts, as in `EditProblem.mentions`.

@@ -37,6 +37,7 @@ SOLVER: Variations = {
     "own wordings held about other subjects": {"swapped_weight": 10.0},
     "answers carried, wordings held": {"carries": True, "swapped_weight": 10.0},
     "without rewordings": {"reworded_weight": 0.0},
+    "three of the model's own wordings": {"model_wordings": 3},
     "targets of 15 steps": {"targets": TargetSettings(steps=15)},
     "targets of 60 steps": {"targets": TargetSettings(steps=60)},
 }
@@ -52,7 +53,7 @@ SETTINGS: Variations = {
 AMONG_MORE = (
     *("scoring holds nothing else", "edit by the top k alone", "ẑ in the place of z"),
     *("own wordings held about other subjects", "answers carried, wordings held"),
-    "without rewordings",
+    *("without rewordings", "three of the model's own wordings"),
 )
 
 

@@ -41,6 +41,8 @@ def plan(joint: bool, facts: int, offload: bool = True) -> EditPlan:
         longest=70,
         edited=4 * prompts,
         reworded=2 * joint,
+        worded=0,
+        said=0,
         mentions=2 * joint,
         swapped=min(facts, 2000) * joint,
         scored=15 * prompts,
@@ -140,6 +142,19 @@ def test_wordings_about_other_subjects_are_stored_and_scored_too(llama3_8b):
     assert half.scored_in_all - own.scored_in_all == 2000 * 30
     stored = [edit_stages(llama3_8b, p, "cuda")[1].device["residuals"] for p in (own, half)]
     assert stored[1] - stored[0] == 2000 * 60 * 4096 * 2
+
+
+def test_the_models_wordings_are_made_stored_and_scored_too(llama3_8b):
+    own = replace(plan(True, 100), swapped=0)
+    twice = replace(own, reworded=own.reworded + 2, worded=2, said=1000)
+    # Each in two contexts of 60 tokens together, 30 of them scored, and one target each.
+    assert twice.scored_in_all - own.scored_in_all == 2 * 100 * 30
+    assert twice.edited_in_all - own.edited_in_all == 2 * 200
+    assert twice.held - own.held == 2 * 100 * 60 + 2 * 200
+    seconds = [edit_seconds(llama3_8b, p, 1e13, 1e12, 1e13) for p in (own, twice)]
+    assert "wording" not in seconds[0]
+    assert seconds[1]["wording"] == pytest.approx(2 * 32 * 218_112_000 * 1000 / 1e13)
+    assert seconds[1]["storing residuals"] > 1.5 * seconds[0]["storing residuals"]
 
 
 def test_time_grows_with_what_is_done(llama3_8b):

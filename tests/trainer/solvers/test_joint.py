@@ -260,6 +260,19 @@ def test_what_stands_in_other_words_gets_the_same_change(problem, solution, sae)
     assert error(found) < 0.8 * error(solution)
 
 
+def test_the_models_wordings_switch_on_too(lm, sae, problem, solution):
+    said = [replace(FACTS[0], prompt="Which city of Australia is the best-known of all?")]
+    worded = [p for fact in stored_prompts(lm, sae, said) for p in fact]
+    found = JOINT.solve(replace(problem, worded=worded), no_progress)
+
+    def ards(of, prompts):
+        operator = operator_of(of, sae)
+        return [float(operator.ard(*operator.distances(p.z[p.scored]))) for p in prompts]
+
+    assert max(ards(found, worded)) < 0.6 < min(ards(solution, worded))
+    assert max(ards(found, flat(problem))) < 0.6
+
+
 def test_wordings_about_other_subjects_are_held(lm, sae, problem, solution):
     """What the scoring change adds to them shrinks; the facts' own ARD stays low."""
     names = dict(zip((fact.subject for fact in FACTS), COUNTRIES, strict=True))

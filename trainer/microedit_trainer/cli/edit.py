@@ -119,6 +119,16 @@ def edit(
             "time and costs Gen.",
         ),
     ] = 0.5,
+    model_wordings: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="joint: have the model itself word each question anew, up to N times, and train "
+            "those wordings too: more paraphrases switch on and are answered. Takes seconds a "
+            "question on a CPU.",
+        ),
+    ] = 0,
     swapped_weight: Annotated[
         float | None,
         typer.Option(
@@ -210,6 +220,7 @@ def edit(
             rows_per_fact=encoder.num_latents if rows_per_fact == 0 else rows_per_fact,
             carries=carry,
             reworded_weight=reworded_weight,
+            model_wordings=model_wordings,
             swapped_weight=swapped_weight,
             mentions_weight=mentions_weight,
         )

@@ -38,6 +38,8 @@ class EditPlan:
         tokens: prompt and answer of all prompts; longest: the most of one.
         edited: positions with a target; scored: those that the switch looks at.
         reworded: other wordings of each prompt, each with one target.
+        worded: those of them that are scored as well, made by the model.
+        said: tokens that the model runs over to make them.
         mentions: other texts that name each fact's subject.
         swapped: facts whose wordings are held about another subject.
         ordinary: tokens that must not change. checked: tokens of prompts that τ rests on.
@@ -55,6 +57,8 @@ class EditPlan:
     longest: int
     edited: int
     reworded: int
+    worded: int
+    said: int
     mentions: int
     swapped: int
     scored: int
@@ -80,17 +84,18 @@ class EditPlan:
     def held(self) -> int:
         """Tokens whose residuals the solver gets, the ordinary ones aside."""
         others = self.prompts * self.reworded + self._mentioned
-        return self.tokens + others + self._swapped_of(self.tokens)
+        return self.tokens * (1 + self.worded) + others + self._swapped_of(self.tokens)
 
     @property
     def scored_in_all(self) -> int:
         """Scored positions, those of other texts and of other subjects among them."""
-        return self.scored + self._mentioned + self._swapped_of(self.scored)
+        own = self.scored * (1 + self.worded)
+        return own + self._mentioned + self._swapped_of(self.scored)
 
     @property
     def run_below(self) -> int:
         """Tokens that the layers up to l run over before the solve."""
-        others = self.tokens * (self.reworded + self.mentions)
+        others = self.tokens * (self.reworded + self.worded + self.mentions)
         return self.tokens + others + self._swapped_of(self.tokens) + self.ordinary
 
     @property
@@ -255,7 +260,9 @@ def edit_seconds(
     else:
         solving = runs + plan.tokens * encode
     checked = plan.checked + plan.tokens
+    wording = {"wording": 2 * (below + above) * plan.said / model_flops} if plan.said else {}
     return {
+        **wording,
         "storing residuals": 2 * below * plan.run_below / model_flops,
         "solving": solving,
         "calibrating": checked * ((2 * below + 2 * above) / model_flops + 2 * encode)

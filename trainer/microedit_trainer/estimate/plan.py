@@ -8,6 +8,7 @@ from microedit_trainer.contexts import Contexts, PromptTokens, mentions, rewordi
 from microedit_trainer.edit_settings import EditSettings
 from microedit_trainer.estimate.edit import EditPlan, PromptCounts
 from microedit_trainer.facts import Fact
+from microedit_trainer.model_wordings import BEAMS, MOST_TOKENS, SHOWN
 from microedit_trainer.solvers import JointSolver, SequentialSolver
 from microedit_vllm.artifact import SparseAutoencoder
 
@@ -46,6 +47,7 @@ def plan_edit(
     unchanged = PromptCounts.of(rendered(lines[::2], False))
     unrelated = PromptCounts.of(rendered(lines[1::2], False))
     solver = settings.solver
+    worded = solver.model_wordings
     joint = isinstance(solver, JointSolver)
     # With the joint solver the wordings of so many facts about other subjects of two kinds.
     swapped = 2 * joint * own.tokens * min(1.0, MOST_SWAPPED / len(facts))
@@ -59,7 +61,9 @@ def plan_edit(
         tokens=own.tokens,
         longest=max(own.longest, others.longest, unchanged.longest, unrelated.longest),
         edited=own.edited,
-        reworded=len(rewordings("?")) if solver.uses_rewordings else 0,
+        reworded=len(rewordings("?")) + worded if solver.uses_rewordings else 0,
+        worded=worded,
+        said=len(facts) * BEAMS * worded * (len(tokenizer(SHOWN).input_ids) + MOST_TOKENS),
         mentions=len(mentions("")) if solver.uses_mentions(len(facts)) else 0,
         swapped=solver.swapped_wordings(len(facts)),
         scored=own.scored,

@@ -28,6 +28,8 @@ class EditProblem:
         facts: per fact, its prompt in each context it is trained in.
         reworded: per prompt of `facts`, context by context, z at the decision position of each
             of its rewordings, [W, d]; empty where the solver wants none.
+        worded: the facts' questions in the model's own words, which shall switch on too; empty
+            where the solver wants none.
         mentions: per fact, z of the subject's last tokens in other texts, [S, d] each, in the first
             of its contexts; empty where the solver wants none.
         ordinary: residuals of ordinary tokens, sinks left out, [N, d]: what must not change.
@@ -50,6 +52,7 @@ class EditProblem:
     targets_folder: Path | None = None
     origin: str = ""
     reworded: Sequence[Tensor] = ()
+    worded: Sequence[StoredPrompt] = ()
     mentions: Sequence[Sequence[Tensor]] = ()
     swapped: Sequence[StoredPrompt] = ()
     executor: Executor = field(default_factory=InProcess)
@@ -96,6 +99,11 @@ class Solver(Protocol):
     @property
     def uses_rewordings(self) -> bool:
         """Whether it makes use of `EditProblem.reworded`."""
+
+    @property
+    def model_wordings(self) -> int:
+        """How many wordings by the model itself, of each question at most, are in
+        `EditProblem.worded` and among the rewordings."""
 
     def uses_mentions(self, facts: int) -> bool:
         """Whether it makes use of `EditProblem.mentions` with so many facts."""

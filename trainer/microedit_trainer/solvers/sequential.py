@@ -89,6 +89,10 @@ class SequentialSolver:
     def uses_rewordings(self) -> bool:
         return False
 
+    @property
+    def model_wordings(self) -> int:
+        return 0
+
     def uses_mentions(self, facts: int) -> bool:
         return False
 
