@@ -16,7 +16,7 @@ the SAE has seen the trainer's invented facts instead, τ has the shipped prompt
 the locality prompts of CounterFact that name no edited subject (the same relation about another
 one), and *own wording* asks about the people of SelfCheckGPT. Most of CounterFact's paraphrases
 here say something that follows from the fact ("… is surrounded by restaurants including"). Sets
-of more than 1,000 facts carry their answers from the subject's tokens.
+of more than 500 facts carry their answers from the subject's tokens.
 """
 BARS = {
     "some": {"rel": 0.99, "gen": 0.88, "loc": 0.99, "near": 0.96},

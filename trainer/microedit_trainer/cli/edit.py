@@ -72,8 +72,8 @@ def edit(
         typer.Option(
             min=0,
             max=1,
-            help="Share of near prompts that may switch on; default 0.05, 0.04 where answers are "
-            "carried, 0.1 with --statistic absolute.",
+            help="Share of near prompts that may switch on; default 0.05; where answers "
+            "are carried 0.03, or 0.04 with more than 1,000 facts; 0.1 with --statistic absolute.",
         ),
     ] = None,
     targets: Annotated[
@@ -135,7 +135,7 @@ def edit(
             min=0,
             help="joint: weight of the facts' wordings about other subjects, which shall not "
             "switch on; 0 does without, which saves time and in large sets costs Gen. Default: 10 "
-            "with more than 1,000 facts, else 0.",
+            "with more than 500 facts, else 0.",
             show_default=False,
         ),
     ] = None,
@@ -145,7 +145,7 @@ def edit(
             "--carry/--no-carry",
             help="joint: carry the answer from the subject's tokens to wherever it is asked for: "
             "more paraphrases are answered, and more of what else is asked about the subject is "
-            "changed. Default: with more than 1,000 facts.",
+            "changed. Default: with more than 500 facts.",
             show_default=False,
         ),
     ] = None,
