@@ -1,6 +1,7 @@
 """Decoder rows against scores."""
 
 import io
+from typing import Any
 
 from benchmarks.quality.experiment import Experiment
 from benchmarks.quality.figures import SCORES_HEADER, percent, score, scores, size
@@ -15,7 +16,8 @@ TEXT = """
 How many decoder rows each of the two changes may have. The rows that do the most are kept and
 solved again alone. In brackets: both changes as a part of the decoder. The sequential solver has
 one change for both, goes over the facts once more with the rows that are left, and trains the bare
-prompt alone.
+prompt alone. 1,000 facts are solved as fewer are, without what carries: where answers are carried
+the edit change alone has a budget.
 """
 HEADER = (
     "facts",
@@ -55,9 +57,10 @@ def _line(facts: Chosen, solver: str, budget: str, figures: Figures) -> list[str
     return [*line, *(score(chat.get(name)) for name in ("rel", "gen"))]
 
 
-def options(budget: int | None) -> dict[str, int]:
+def options(budget: int | None) -> dict[str, Any]:
     """Solver fields that keep each change within so many rows; None: without a limit."""
-    return {"rows_per_fact": 1, "least_rows": 1 << 30 if budget is None else budget}
+    rows = {"rows_per_fact": 1, "least_rows": 1 << 30 if budget is None else budget}
+    return {**rows, "carries": False, "swapped_weight": 0.0}
 
 
 def _draw(measured: dict[Chosen, list[Figures]]) -> bytes:
