@@ -72,7 +72,7 @@ def plan_edit(
         carries=isinstance(solver, JointSolver) and solver.is_carried(len(facts)),
         latents=sae.num_latents,
         k=sae.k,
-        rows=_rows(solver, len(facts), own.identifying, sae.num_latents),
+        rows=_rows(solver, len(facts), own.identifying * (1 + worded), sae.num_latents),
         steps=_steps(solver),
     )
 

@@ -206,7 +206,7 @@ class JointSolver:
         """Rows that each change may have.
 
         Args:
-            identifying: tokens that tell the facts' prompts, in every context.
+            identifying: tokens that tell the facts' prompts, in every context and wording.
         """
         per_fact, more = self.rows_per_fact, 0
         if per_fact is None:
@@ -241,7 +241,7 @@ class JointSolver:
         return [found[place].to(problem.ordinary.device) for place in range(len(prompts))]
 
     def _scoring_change(self, problem: EditProblem) -> DecoderChange:
-        sae, prompts = problem.sae, [*_prompts(problem), *problem.worded]
+        sae, prompts = problem.sae, _told(problem)
         carries = self.is_carried(len(problem.facts))
         settings = self.subject_scoring if carries else self.scoring
         shared_weight = SHARED_WEIGHT if carries else settings.unchanged_weight
@@ -348,7 +348,7 @@ class JointSolver:
         before = KeptSolution(problem.targets_folder, name, origin)
         start = None if is_quick(coded) else before.start(rows, coded.width)
         system = ridge_system(coded, watch)
-        identifying = sum(len(p.identifying) for p in _prompts(problem))
+        identifying = sum(len(p.identifying) for p in _told(problem))
         budget = self.budgets(len(problem.facts), identifying, problem.sae.num_latents)[name]
         fits = len(rows) <= budget
         change = system.solve(ridge, start=start, last=fits)
@@ -364,6 +364,11 @@ def _prompts(problem: EditProblem) -> list[StoredPrompt]:
     """Every prompt of every fact, grouped by context so that batches are of like lengths."""
     contexts = max(len(fact) for fact in problem.facts)
     return [fact[c] for c in range(contexts) for fact in problem.facts if c < len(fact)]
+
+
+def _told(problem: EditProblem) -> list[StoredPrompt]:
+    """Every prompt that shall switch on."""
+    return [*_prompts(problem), *problem.worded]
 
 
 def _unexplained(sae: SparseAutoencoder, z: Tensor) -> Tensor:
