@@ -1,4 +1,4 @@
-"""False fires on ordinary traffic, at every size of the main table."""
+"""False fires on ordinary traffic, at every size of the main table and two beside."""
 
 from functools import partial
 
@@ -25,7 +25,8 @@ HEADER = ("facts", "solver", "switch on", "95% interval", "nearest", "τ", "by k
 def section(lab: Lab, plan: Plan) -> Section:
     """Build it."""
     lines = []
-    for experiment in (Experiment(plan.few), *main_experiments(plan).values()):
+    beside = Experiment(plan.few), Experiment(plan.between)
+    for experiment in (*beside, *main_experiments(plan).values()):
         lab.say(f"ordinary: {in_words(experiment.facts)}, {experiment.solver}")
         found = lab.row("ordinary", experiment, partial(_count, lab, experiment))
         low, high = found["interval"]
