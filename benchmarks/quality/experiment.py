@@ -11,6 +11,18 @@ from microedit_vllm.artifact import SparseAutoencoder
 from microedit_vllm.errors import MicroEditError
 
 
+def alpha_of(sae: SparseAutoencoder) -> float:
+    """α: the SAE's mean ‖ẑ−z‖².
+
+    Raises:
+        MicroEditError: it does not state one.
+    """
+    found = sae.report.get("mean_distance")
+    if found is None:
+        raise MicroEditError("the SAE does not state its mean ‖ẑ−z‖²; train it again")
+    return float(found)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What differs from the recipe.
@@ -34,10 +46,7 @@ class Experiment:
         """The solver with the recipe's fields and one's own; α is the SAE's mean distance."""
         if self.solver == "joint":
             return self._joint
-        alpha = sae.report.get("mean_distance")
-        if alpha is None:
-            raise MicroEditError("the SAE does not state its mean ‖ẑ−z‖²; train it again")
-        return SequentialSolver(**{"alpha": float(alpha), **recipe.SEQUENTIAL, **self.options})
+        return SequentialSolver(**{"alpha": alpha_of(sae), **recipe.SEQUENTIAL, **self.options})
 
     @property
     def _joint(self) -> JointSolver:

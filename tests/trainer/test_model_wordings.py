@@ -60,6 +60,19 @@ def test_what_was_found_is_kept_and_damage_counts_as_nothing(lm, tmp_path, said)
     assert len(said) == 4
 
 
+def test_a_stopped_run_keeps_what_was_found(lm, tmp_path, said):
+    facts = [QUESTION, Fact("Who sang the Iliad to the king?", "x", "Iliad")]
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ModelWordings(lm, tmp_path).of(facts, 2, stop)
+    ModelWordings(lm, tmp_path).of(facts, 2)
+    assert said == [fact.prompt for fact in facts]
+
+
 def test_a_model_words_by_itself_and_always_alike(lm, tmp_path, monkeypatch):
     """A tiny model says nothing that asks; what it says is one line each, and the same again."""
     monkeypatch.setattr(model_wordings, "SHOWN", "Question: {}\nIn other words:")

@@ -32,6 +32,8 @@ MOST_TOKENS = 32
 # Ann?").
 SHORT_WORD = 3
 FILE = "wordings.json"
+# Questions that are written together: what a killed run loses. The file is written whole.
+KEPT_TOGETHER = 16
 
 
 class ModelWordings:
@@ -46,6 +48,7 @@ class ModelWordings:
         self._lm, self._path = lm, folder / FILE
         self._origin = [fingerprint_model(lm.folder), str(lm.dtype), SHOWN, BEAMS, MOST_TOKENS]
         self._known = _read(self._path)
+        self._unwritten = 0
 
     def of(
         self,
@@ -60,22 +63,35 @@ class ModelWordings:
             shown: how many facts are done, and of how many.
         """
         found = []
-        for done, fact in enumerate(facts):
-            shown(done, len(facts))
-            subject = fact.subject or guess_subject(fact.prompt)
-            wanted = bool(subject) and fact.prompt.rstrip().endswith("?")
-            lines = self._lines(fact.prompt.strip(), most) if wanted else []
-            found.append(tuple(asking(fact.prompt.strip(), subject or "", lines)[:most]))
+        try:
+            for done, fact in enumerate(facts):
+                shown(done, len(facts))
+                found.append(self._of(fact, most))
+        finally:
+            self._write()
         shown(len(facts), len(facts))
         return found
+
+    def _of(self, fact: Fact, most: int) -> tuple[str, ...]:
+        prompt, subject = fact.prompt.strip(), fact.subject or guess_subject(fact.prompt)
+        if not subject or not prompt.endswith("?"):
+            return ()
+        return tuple(asking(prompt, subject, self._lines(prompt, most))[:most])
 
     def _lines(self, prompt: str, most: int) -> list[str]:
         """What the model says, kept."""
         key = sha256(json.dumps([self._origin, prompt, most]).encode()).hexdigest()[:32]
         if key not in self._known:
             self._known[key] = self._generated(SHOWN.format(prompt), BEAMS * most)
-            write_atomically(self._path, json.dumps(self._known, indent=1).encode())
+            self._unwritten += 1
+            if self._unwritten == KEPT_TOGETHER:
+                self._write()
         return self._known[key]
+
+    def _write(self) -> None:
+        if self._unwritten:
+            write_atomically(self._path, json.dumps(self._known, indent=1).encode())
+        self._unwritten = 0
 
     @torch.no_grad()
     def _generated(self, text: str, beams: int) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ordinary import count_fires
-from benchmarks.quality.experiment import Experiment
+from benchmarks.quality.experiment import Experiment, alpha_of
 from benchmarks.quality.figures import SCORES_HEADER, percent, score, scores
 from benchmarks.quality.lab import Lab
 from benchmarks.quality.page import Section
@@ -89,8 +89,7 @@ class DecidingOperator(EditOperator):
     def of(cls, operator: EditOperator, statistic: Statistic) -> "DecidingOperator":
         """The same set, deciding by this."""
         own = {field.name: getattr(operator, field.name) for field in fields(operator)}
-        alpha = float(operator.sae.report["mean_distance"])
-        return cls(**own, statistic=statistic, alpha=alpha)
+        return cls(**own, statistic=statistic, alpha=alpha_of(operator.sae))
 
     def ard(self, dist: Tensor, dist0: Tensor) -> Tensor:
         """The statistic of one sequence: two [S] → scalar."""
@@ -126,16 +125,13 @@ def section(lab: Lab, plan: Plan) -> Section:
 
 def decided(lab: Lab, experiment: Experiment, statistic: Statistic) -> Figures:
     """The experiment's set with another statistic: τ, scores, ordinary traffic."""
-    engine, contexts, split = (
-        lab.engine(experiment),
-        lab.contexts(experiment),
-        lab.split(experiment),
-    )
+    engine, split = lab.engine(experiment), lab.split(experiment)
     operator = DecidingOperator.of(engine.operator, statistic)
     engine = TorchEngine(engine.lm, operator, engine.store)
     calibration = lab.run(experiment).calibrate(engine, split.edited)
     engine = replace(engine, operator=operator.with_tau(calibration.tau))
     figures: Figures = {"tau": calibration.tau}
+    contexts = lab.contexts(experiment)
     for name in contexts.names:
         found = evaluate(engine, contexts, split.edited, split.near, name, split.subjects)
         figures[name] = asdict(found)
