@@ -1,6 +1,9 @@
 """Edit sets made and measured as experiments ask, with all that can be kept in a work folder.
 
-    sae-*/  sets/*/  targets/  rows/*.json
+    sae-*/  sae-text/  sets/*/  targets/  rows/*.json
+
+Texts with their residuals are kept for SAEs of other widths, prompts with theirs (in `targets`) for
+other sets.
 
 Rows and sets are known by what they were made with, not by the code that made them: after a change
 of a solver start with --fresh, which keeps SAEs and targets.
@@ -78,7 +81,13 @@ class Lab:
             text = tuple(named.get(source, source) for source in fields["text"])
             self.say(f"training an SAE of {fields['width']:,} latents")
             with stage_bars() as progress:
-                train_sae(self.lm, SaeSettings(**{**fields, "text": text}), folder, False, progress)
+                train_sae(
+                    self.lm,
+                    SaeSettings(**{**fields, "text": text}),
+                    folder,
+                    progress=progress,
+                    collected=self.work / "sae-text",
+                )
         return folder
 
     def described(self, experiment: Experiment) -> dict[str, Any]:
@@ -121,7 +130,8 @@ class Lab:
     def engine(self, experiment: Experiment) -> TorchEngine:
         """The experiment's set in plain torch."""
         sae = SparseAutoencoder.load(self.sae_folder(experiment)).to(self.lm.device)
-        return TorchEngine.build(self.lm, EditOperator.build(self.edit_set(experiment), sae))
+        operator = EditOperator.build(self.edit_set(experiment), sae)
+        return TorchEngine.build(self.lm, operator, self.work / "targets")
 
     def contexts(self, experiment: Experiment) -> Contexts:
         """How prompts are asked under the experiment's scope."""

@@ -227,6 +227,16 @@ def test_edited_and_ordinary_prompts_mixed(lm, operator, prompts, ran):
             assert torch.equal(outcome.answer, before)
 
 
+def test_residuals_that_are_kept_are_not_computed_again(
+    lm, operator, prompts, tmp_path, monkeypatch
+):
+    first = TorchEngine.build(lm, with_tau(operator, 0.6), tmp_path).edited(prompts)
+    monkeypatch.setattr(type(lm), "lower", lambda *_: pytest.fail("the layers below ran again"))
+    again = TorchEngine.build(lm, with_tau(operator, 0.6), tmp_path).edited(prompts)
+    assert [o.ard for o in again] == [o.ard for o in first]
+    assert all(torch.equal(a.answer, b.answer) for a, b in zip(again, first, strict=True))
+
+
 def test_perplexity_is_that_of_the_model_with_and_without_the_edit(lm, operator, prompts):
     """Against the whole model, with a hook that edits the layer's output from e on."""
     engine = TorchEngine.build(lm, with_tau(operator, 0.6))

@@ -59,9 +59,13 @@ class TorchEngine:
     store: ResidualStore
 
     @classmethod
-    def build(cls, lm: LanguageModel, operator: EditOperator) -> "TorchEngine":
+    def build(
+        cls, lm: LanguageModel, operator: EditOperator, kept: Path | None = None
+    ) -> "TorchEngine":
+        """With a store of its own; `kept`: the folder that keeps residuals for later runs."""
         manifest = operator.edit_set.manifest
-        return cls(lm, operator, ResidualStore(lm, manifest.layer, manifest.decision.max_norm))
+        store = ResidualStore(lm, manifest.layer, manifest.decision.max_norm, kept)
+        return cls(lm, operator, store)
 
     @classmethod
     def load(

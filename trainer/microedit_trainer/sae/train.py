@@ -9,6 +9,7 @@ from typing import Any
 
 from microedit_trainer.activations import Activations, collect_activations
 from microedit_trainer.language_model import LanguageModel
+from microedit_trainer.sae.collected import Collected
 from microedit_trainer.sae.interrupt import deferred_interrupt
 from microedit_trainer.sae.optimisation import SaeOptimisation
 from microedit_trainer.sae.report import report_reconstruction
@@ -35,6 +36,7 @@ def train_sae(
     fresh: bool = False,
     progress: Progress | None = None,
     offload: bool = False,
+    collected: Path | None = None,
 ) -> SparseAutoencoder:
     """Train, measure and save an SAE; continue a stopped run with the same settings.
 
@@ -43,6 +45,8 @@ def train_sae(
     Args:
         fresh: throw a stopped run away.
         offload: the model waits in the CPU's memory while the SAE is trained; same weights.
+        collected: folder that keeps sequences and residuals for the next SAE of the same text and
+            layer, and has those of the last one; None keeps nothing.
 
     Raises:
         MicroEditError: bad settings or text, or a full disk.
@@ -50,9 +54,11 @@ def train_sae(
     """
     model.check_layer(settings.layer)
     check_out(out)
-    run = _Run(model, settings, WorkFolder(out, settings, fingerprint_model(model.folder)))
+    fingerprint = fingerprint_model(model.folder)
+    run = _Run(model, settings, WorkFolder(out, settings, fingerprint))
     run.progress = progress or (lambda *_: None)
     run.offload = offload
+    run.collected = Collected(collected, settings, fingerprint) if collected else None
     run.work.open(fresh)
     try:
         return run.whole(out)
@@ -65,6 +71,7 @@ class _Run:
 
     progress: Progress
     offload: bool
+    collected: Collected | None
 
     def __init__(self, model: LanguageModel, settings: SaeSettings, work: WorkFolder) -> None:
         self.model, self.settings, self.work = model, settings, work
@@ -74,12 +81,16 @@ class _Run:
 
     def whole(self, out: Path) -> SparseAutoencoder:
         """All stages; the work folder goes when `out` is there."""
+        if self.collected:
+            self.collected.lend(self.work)
         try:
             sequences = self.sequences()
         except MicroEditError:
             self.work.remove()  # nothing is in it yet that a resumed run could use
             raise
         activations = self.activations(sequences)
+        if self.collected:
+            self.collected.keep(self.work)
         with self.model.offloaded() if self.offload else nullcontext():
             sae, measured = self.trained(activations)
         report = self.report(activations, measured)

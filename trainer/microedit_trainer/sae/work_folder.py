@@ -20,7 +20,6 @@ from microedit_vllm.artifact.tensors import read_tensors
 from microedit_vllm.errors import MicroEditError
 
 _CHECKPOINT = "checkpoint"
-_SEQUENCES = "sequences"
 _LOCK = "lock"
 
 
@@ -79,13 +78,16 @@ class WorkFolder:
     def activations(self) -> Path:
         return self.path / "activations.bf16"
 
+    @property
+    def sequences(self) -> Path:
+        return self.path / "sequences"
+
     def load_sequences(self) -> TokenSequences | None:
-        folder = self.path / _SEQUENCES
-        return TokenSequences.load(folder) if folder.exists() else None
+        return TokenSequences.load(self.sequences) if self.sequences.exists() else None
 
     def save_sequences(self, sequences: TokenSequences) -> None:
         with one_line_disk_errors(self.path):
-            sequences.save(self.path / _SEQUENCES)
+            sequences.save(self.sequences)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """Tensors and the seconds spent so far, by stage."""
