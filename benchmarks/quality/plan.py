@@ -13,7 +13,7 @@ class Plan:
     some, more: of ZsRE, jointly and (some) sequentially.
     between: of both, more than those and fewer than all.
     all_records: every record of ZsRE and CounterFact.
-    budgets: decoder rows in each of the two changes, by what is edited; None: all of them.
+    budgets: decoder rows in each change that has a budget, by what is edited; None: all of them.
     sequential_budgets: decoder rows a fact, of the sequential solver; None: all of them.
     ablated: what the variations edit: the first all of them, the others those that matter.
     """

@@ -13,17 +13,16 @@ from benchmarks.quality.store import Figures
 
 NAME = "budgets"
 TEXT = """
-How many decoder rows each of the two changes may have. The rows that do the most are kept and
-solved again alone. In brackets: both changes as a part of the decoder. The sequential solver has
-one change for both, goes over the facts once more with the rows that are left, and trains the bare
-prompt alone. 1,000 facts are solved as fewer are, without what carries: where answers are carried
-the edit change alone has a budget.
+How many decoder rows each change may have. The rows that do the most are kept and solved again
+alone. In brackets: all changes as a part of the decoder. 1,000 facts carry their answers: there the
+edit change alone has a budget. The sequential solver has one change for both, goes over the facts
+once more with the rows that are left, and trains the bare prompt alone.
 """
 HEADER = (
     "facts",
     "solver",
     "at most",
-    "rows to score + to edit",
+    "rows to score + to edit (+ that carry)",
     *SCORES_HEADER,
     "chat Rel",
     "chat Gen",
@@ -59,8 +58,7 @@ def _line(facts: Chosen, solver: str, budget: str, figures: Figures) -> list[str
 
 def options(budget: int | None) -> dict[str, Any]:
     """Solver fields that keep each change within so many rows; None: without a limit."""
-    rows = {"rows_per_fact": 1, "least_rows": 1 << 30 if budget is None else budget}
-    return {**rows, "carries": False, "swapped_weight": 0.0}
+    return {"rows_per_fact": 1, "least_rows": 1 << 30 if budget is None else budget}
 
 
 def _draw(measured: dict[Chosen, list[Figures]]) -> bytes:
