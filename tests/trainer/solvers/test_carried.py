@@ -154,3 +154,12 @@ def test_large_sets_carry_and_look_at_short_runs():
     assert not JointSolver(carries=False).is_carried(10**4)
     assert "carried" in solver.budgets(2000, 10_000, 18_432)
     assert "carried" not in solver.budgets(100, 10_000, 18_432)
+
+
+@pytest.mark.parametrize(("facts", "edit"), [(2, 250), (50, 1500), (300, 3000), (2000, 10_000)])
+def test_where_answers_are_carried_the_edit_change_alone_has_a_budget(facts, edit):
+    solver = JointSolver(carries=True)
+    budgets = {"scoring": 18_432, "carried": 18_432, "edit": edit}
+    assert solver.budgets(facts, 10_000, 18_432) == budgets
+    given = replace(solver, rows_per_fact=200)
+    assert given.budgets(facts, 10_000, 18_432)["edit"] == max(250, 200 * facts)

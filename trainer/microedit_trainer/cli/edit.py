@@ -107,7 +107,8 @@ def edit(
             help="Decoder rows per fact; 0: all that the facts activate (the paper). joint: of the "
             "edit change, the scoring change has a third of them; default 30, or 20 where that "
             "would take more than a quarter of the decoder. Without this option the scoring "
-            "change of few facts or long prompts, or with --model-wordings, has more. "
+            "change of few facts or long prompts, or with --model-wordings, has more. Where "
+            "answers are carried: of the edit change alone; default 5, and more in small sets. "
             "sequential: of its one change; default 40.",
         ),
     ] = None,
