@@ -322,7 +322,7 @@ def test_ordinary_traffic_has_a_row_for_each_size(lab, monkeypatch, fires, shown
     monkeypatch.setattr(Lab, "row", lambda self, kind, experiment, measure: found)
     table = ordinary.section(lab, QUICK)
     assert [line[0] for line in table.lines] == [
-        *("4 ZsRE", "20 ZsRE, 10 CounterFact"),
+        *("4 ZsRE", "30 ZsRE", "20 ZsRE, 10 CounterFact"),
         *("10 ZsRE", "30 ZsRE", "10 ZsRE, 10 CounterFact", "10 ZsRE"),
     ]
     expected = [shown, "0.05% to 0.73%", "0.970", "0.900", f"{fires} of 75 code"]

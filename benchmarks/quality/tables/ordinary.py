@@ -1,4 +1,4 @@
-"""False fires on ordinary traffic, at every size of the main table and two beside."""
+"""False fires on ordinary traffic, at every size of the main table and others beside."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ TEXT = """
 1,000 requests, none of which names an edited subject: passages of an encyclopaedia, chat
 requests, Python code, Natural Questions with and without ZsRE's prefix. The interval of the share
 is Wilson's, at 95%. *Nearest* is the smallest ARD among them, where the switch is on at τ and
-below.
+below. Sets of up to 500 facts carry their answers only where that is asked for (*carrying*).
 """
 HEADER = ("facts", "solver", "switch on", "95% interval", "nearest", "τ", "by kind")
 
@@ -25,9 +25,8 @@ HEADER = ("facts", "solver", "switch on", "95% interval", "nearest", "τ", "by k
 def section(lab: Lab, plan: Plan) -> Section:
     """Build it."""
     lines = []
-    beside = Experiment(plan.few), Experiment(plan.between)
-    for experiment in (*beside, *main_experiments(plan).values()):
-        lab.say(f"ordinary: {in_words(experiment.facts)}, {experiment.solver}")
+    for solver, experiment in experiments(plan):
+        lab.say(f"ordinary: {in_words(experiment.facts)}, {solver}")
         found = lab.row("ordinary", experiment, partial(_count, lab, experiment))
         low, high = found["interval"]
         count = f"{found['fires']} of {found['total']}"
@@ -35,7 +34,7 @@ def section(lab: Lab, plan: Plan) -> Section:
         lines.append(
             [
                 in_words(experiment.facts),
-                experiment.solver,
+                solver,
                 count if found["fires"] <= MOST else f"**{count}** (> {MOST})",
                 f"{low:.2%} to {high:.2%}",
                 f"{found['smallest_ard']:.3f}",
@@ -44,6 +43,17 @@ def section(lab: Lab, plan: Plan) -> Section:
             ]
         )
     return Section(NAME, "Ordinary traffic", TEXT, HEADER, lines)
+
+
+def experiments(plan: Plan) -> list[tuple[str, Experiment]]:
+    """The sets of the main table and three beside, each with its solver's name."""
+    carrying = Experiment(plan.more, options={"carries": True, "swapped_weight": 10.0})
+    return [
+        ("joint", Experiment(plan.few)),
+        ("joint, carrying", carrying),
+        ("joint", Experiment(plan.between)),
+        *((experiment.solver, experiment) for experiment in main_experiments(plan).values()),
+    ]
 
 
 def traffic(lab: Lab, experiment: Experiment) -> Traffic:
