@@ -110,7 +110,8 @@ def test_none_one_and_every_row(rows, device):
 
 
 def test_chunks_bound_the_scratch_and_change_nothing(device):
-    z, W, bias = random_case(11, 64, 300, device)
+    # Integers: the interpreter's dot is numpy's, whose rounding depends on a row's place.
+    z, W, bias = random_case(11, 64, 300, device, integers=True)
     whole = Case(z, W, bias, 12, rows=[0, 2, 3, 4, 5, 6, 8, 9, 10])
     scratch = EncodeScratch.allocate(4, 300, 12, device)
     chunked = Case(z, W, bias, 12, rows=whole.rows.tolist(), scratch=scratch)
