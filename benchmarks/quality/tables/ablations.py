@@ -8,7 +8,7 @@ from benchmarks.quality.lab import Lab
 from benchmarks.quality.page import Section
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.records import Chosen, in_words
-from benchmarks.quality.tables.experiments import main_experiments
+from benchmarks.quality.tables.experiments import CARRIED, main_experiments
 from microedit_trainer.solvers.joint import RidgeSettings
 from microedit_trainer.solvers.targets import TargetSettings
 from microedit_vllm.artifact import Scope
@@ -35,7 +35,7 @@ SOLVER: Variations = {
     "edit by the top k alone": {"theta": None},
     "ẑ in the place of z": {"theta": None, "placement": "replace"},
     "own wordings held about other subjects": {"swapped_weight": 10.0},
-    "answers carried, wordings held": {"carries": True, "swapped_weight": 10.0},
+    "answers carried, wordings held": CARRIED,
     "without rewordings": {"reworded_weight": 0.0},
     "three of the model's own wordings": {"model_wordings": 3},
     "targets of 15 steps": {"targets": TargetSettings(steps=15)},

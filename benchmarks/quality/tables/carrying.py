@@ -7,7 +7,7 @@ from benchmarks.quality.lab import Lab
 from benchmarks.quality.page import Section
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.tables.ablations import HEADER, Variations, measured
-from benchmarks.quality.tables.experiments import main_experiments
+from benchmarks.quality.tables.experiments import CARRIED, main_experiments
 
 NAME = "carrying"
 TEXT = """
@@ -23,7 +23,7 @@ CARRYING: Variations = {
 # Where carrying begins: with and without, the wordings held in both.
 BETWEEN: Variations = {
     "not carried": {"carries": False, "swapped_weight": 10.0},
-    "carried": {"carries": True, "swapped_weight": 10.0},
+    "carried": CARRIED,
 }
 
 

@@ -9,7 +9,7 @@ from benchmarks.quality.page import Section
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.records import HOLD_OUT, in_words
 from benchmarks.quality.store import Figures
-from benchmarks.quality.tables.experiments import main_experiments
+from benchmarks.quality.tables.experiments import CARRIED, main_experiments
 
 NAME = "ordinary"
 MOST = 2
@@ -47,10 +47,9 @@ def section(lab: Lab, plan: Plan) -> Section:
 
 def experiments(plan: Plan) -> list[tuple[str, Experiment]]:
     """The sets of the main table and three beside, each with its solver's name."""
-    carrying = Experiment(plan.more, options={"carries": True, "swapped_weight": 10.0})
     return [
         ("joint", Experiment(plan.few)),
-        ("joint, carrying", carrying),
+        ("joint, carrying", Experiment(plan.more, options=CARRIED)),
         ("joint", Experiment(plan.between)),
         *((experiment.solver, experiment) for experiment in main_experiments(plan).values()),
     ]
