@@ -395,7 +395,7 @@ def test_what_carries_is_varied_on_the_largest_set_and_its_sae(lab, monkeypatch)
     assert shipped == main_experiments(FULL)["all"]
     sae = tiny_sae()
     solver = shipped.build_solver(sae)
-    assert solver.is_carried(1600) and shipped.build_settings()["scope"] == Scope(last=32, run=2)
+    assert solver.is_carried(1600) and shipped.build_settings()["scope"] == Scope(last=16, run=2)
     for found in varied.values():
         assert (found.facts, found.sae, found.timed) == (shipped.facts, shipped.sae, False)
         assert found.build_solver(sae) != solver

@@ -146,9 +146,8 @@ def test_tokens_that_stand_alone_have_their_own_codes(sae, problem):
 def test_large_sets_carry_and_look_at_short_runs():
     solver = JointSolver()
     assert [solver.is_carried(facts) for facts in (500, 501)] == [False, True]
-    assert [solver.scope(facts) for facts in (500, 501)] == [Scope(), Scope(last=32, run=2)]
-    rates = [solver.near_rate(facts) for facts in (500, 501, 1000, 1001)]
-    assert rates == [0.05, 0.03, 0.03, 0.04]
+    assert [solver.scope(facts) for facts in (500, 501)] == [Scope(), Scope(last=16, run=2)]
+    assert [solver.near_rate(facts) for facts in (500, 501)] == [0.05, 0.04]
     assert JointSolver(carries=False).near_rate(1001) == 0.05
     assert JointSolver(carries=True).is_carried(1)
     assert not JointSolver(carries=False).is_carried(10**4)

@@ -72,8 +72,8 @@ def edit(
         typer.Option(
             min=0,
             max=1,
-            help="Share of near prompts that may switch on; default 0.05; where answers "
-            "are carried 0.03, or 0.04 with more than 1,000 facts; 0.1 with --statistic absolute.",
+            help="Share of near prompts that may switch on; default 0.05, where answers are "
+            "carried 0.04, with --statistic absolute 0.1.",
         ),
     ] = None,
     targets: Annotated[
