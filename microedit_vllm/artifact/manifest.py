@@ -41,6 +41,8 @@ class Scope(_Part):
     """Which tokens are scored: `last` before the decision (None: all of them), and within them
     the smallest ARD over runs of `run` consecutive scored tokens (0: all as one run)."""
 
+    # Shorter runs see more misspelt questions, and more of what no edit is about: among 300 facts
+    # runs of 8 let 5 of 1,000 ordinary requests through where these let 2.
     last: int | None = Field(default=64, gt=0)
     run: int = Field(default=16, ge=0)
 
