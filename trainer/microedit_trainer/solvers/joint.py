@@ -123,8 +123,8 @@ class JointSolver:
         reworded_weight: weight of the facts' prompts in other words in the edit change; 0 does
             without, which saves their forward passes.
         model_wordings: how often at most each question is worded anew by the model itself, to be
-            switched on and answered as well. Measured with 3: at 300 facts Gen is 0.87 where it was
-            0.84, at 100 it stays. A question takes seconds on a CPU.
+            switched on and answered as well. Measured with 3: at 300 facts Gen is 0.85 where it was
+            0.83, at 100 it stays. A question takes seconds on a CPU.
     """
 
     rows_per_fact: int | None = None
