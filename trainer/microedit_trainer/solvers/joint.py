@@ -116,7 +116,7 @@ class JointSolver:
             ẑ, whose latents are the top k.
         mentions_weight: weight, in the scoring and the carried change, of the subjects in other
             texts; 0 does without, which saves their forward passes. What stands before a subject
-            moves its residuals: at 1,600 facts Gen is 0.64 without them.
+            moves its residuals: at 1,600 facts Gen is 0.62 without them.
         swapped_weight: weight of the facts' wordings about other subjects in the scoring change;
             0 does without, which saves their forward passes. None: `SWAPPED_WEIGHT` in sets of more
             than `CARRIED_ABOVE` facts, else 0.
