@@ -418,6 +418,9 @@ def test_every_variation_changes_something_and_can_be_solved():
         assert shipped == main_experiments(plan)["some"]
         varied = ablations.experiments(plan, plan.ablated[0]) | saes.experiments(plan, plan.some)
         assert set(ablations.experiments(plan, plan.ablated[1])) < set(varied)
+        among_more = saes.experiments(plan, plan.more)
+        assert among_more["as shipped"] == main_experiments(plan)["more"]
+        assert {e.facts for e in among_more.values()} == {plan.more}
         for name, found in varied.items():
             found.build_solver(sae)
             if name != "as shipped":
