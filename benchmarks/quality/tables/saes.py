@@ -23,7 +23,7 @@ SAES: Variations = {
     "invented facts in their place": recipe.SAE_WITHOUT_RECORDS,
 }
 # What more facts than `Plan.some` are measured on.
-AMONG_MORE = ("as shipped", "k halved")
+AMONG_MORE = ("as shipped", "k doubled")
 
 
 def section(lab: Lab, plan: Plan) -> Section:
