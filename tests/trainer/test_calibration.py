@@ -21,7 +21,7 @@ def test_tau_keeps_its_distance_from_the_nearest_ordinary_prompt():
     assert found.fires == {"edited": 1.0, "ordinary": 0.0}
 
 
-@pytest.mark.parametrize(("facts", "wanted"), [(1, 0.97), (100, 0.97), (200, 0.95), (300, 0.93)])
+@pytest.mark.parametrize(("facts", "wanted"), [(10, 0.949), (100, 0.94), (200, 0.93), (300, 0.93)])
 def test_more_facts_keep_tau_farther_from_ordinary_prompts(facts, wanted):
     assert slack_for(facts) == pytest.approx(wanted)
     assert slack_for(10_000) == pytest.approx(0.93)
