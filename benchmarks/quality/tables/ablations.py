@@ -51,7 +51,7 @@ SETTINGS: Variations = {
 }
 # What larger sets than the first of `Plan.ablated` are varied in.
 AMONG_MORE = (
-    *("scoring holds nothing else", "θ = 2", "edit by the top k alone", "ẑ in the place of z"),
+    *("scoring holds nothing else", "edit by the top k alone", "ẑ in the place of z"),
     *("own wordings held about other subjects", "answers carried, wordings held"),
     *("without rewordings", "three of the model's own wordings"),
 )
