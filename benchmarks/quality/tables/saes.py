@@ -14,7 +14,7 @@ from benchmarks.quality.tables.experiments import main_experiments
 NAME = "saes"
 TEXT = """
 Another SAE, all else as shipped. *as shipped* is the row of the main table. The joint solver where
-it does not say otherwise. Among more facts there is the SAE that comes nearest.
+it does not say otherwise. Among more facts only k is varied.
 """
 SAES: Variations = {
     "a quarter as wide": {"width": recipe.SAE["width"] // 4},
